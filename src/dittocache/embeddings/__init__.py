@@ -1,0 +1,1 @@
+"""The embedding cache: recipe -> key, store, manifest, plan, encode."""

@@ -1,0 +1,1 @@
+"""Everything model-specific, one file a model family; nothing outside this room names a model."""

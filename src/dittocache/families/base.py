@@ -1,0 +1,229 @@
+"""What a model family must say, so that no other room has to know a model.
+
+A family has two sides. The *encoding side* (`Family`) says which tensors a training sample needs, what
+determines them, and how the diffusers pipeline computes them. The *transformer side*
+(`TransformerAdapter`) says how the denoiser is laid out for the two sampling caches: where its blocks are,
+what TeaCache compares, which tokens are references and how their keys and values come about.
+
+Shapes: B batch, N noise tokens, R reference tokens, T text tokens, D width, C latent channels after
+packing (64), H heads, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from dittocache.data.sample import Sample
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sides, in pixels, of the squares whose area pictures are resized to (their aspect ratio is kept).
+
+    Attributes:
+        resolution: target and (by default) control pictures for the VAE; 1024 for the real checkpoints.
+        condition_resolution: pictures shown to the vision-language text encoder; 384 for Edit-Plus.
+    """
+
+    resolution: int = 1024
+    condition_resolution: int = 384
+
+
+@dataclass(frozen=True)
+class ArtifactInput:
+    """One input that determines an artifact, in order: a file by its content, or a text by its characters."""
+
+    role: str
+    file: Path | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A tensor that a sample needs, and everything that determines it. The only source of truth for keys.
+
+    Attributes:
+        name: `image_latents`, `control_latents`, `prompt_embeds`, `prompt_embeds_mask`, ...
+        encoder: the pipeline component that computes it (`vae`, `text_encoder`, ...); None for plain facts
+            such as `img_shapes`.
+        inputs: the contents it is computed from, in order.
+        transform: resolved settings of the way from file to encoder (sizes, resampling, template); JSON values only.
+    """
+
+    name: str
+    encoder: str | None
+    inputs: tuple[ArtifactInput, ...]
+    transform: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TrainingInputs:
+    """One batch as the transformer wants it.
+
+    Attributes:
+        transformer_kwargs: keyword arguments of the transformer's forward, `timestep` included.
+        target: flow-matching target, velocity noise - latents, `(B, N, C)`.
+        select: takes the transformer's output `(B, N + R, C)` to the predicted velocity `(B, N, C)`.
+    """
+
+    transformer_kwargs: dict[str, Any]
+    target: torch.Tensor
+    select: Callable[[torch.Tensor], torch.Tensor]
+
+
+class Family(Protocol):
+    """The encoding side of a model family.
+
+    Attributes:
+        name: the word used in configs: `qwen-image-edit-plus`, `flux`, ...
+        pipeline_class_name: the diffusers pipeline, and the spec's `model_type`: `QwenImageEditPlusPipeline`.
+        encoders: pipeline components that compute artifacts, each with the components it needs beside it, e.g.
+            `{"vae": (), "text_encoder": ("tokenizer", "processor")}`.
+        lora_targets: module names for `peft.LoraConfig(target_modules=...)`.
+        transformer: the transformer side.
+    """
+
+    name: str
+    pipeline_class_name: str
+    encoders: Mapping[str, tuple[str, ...]]
+    lora_targets: tuple[str, ...]
+    transformer: TransformerAdapter
+
+    def artifacts(self, sample: Sample, sizes: Sizes) -> Sequence[Artifact]:
+        """The artifacts of `sample`, each with its encoder and the inputs that determine it."""
+        ...
+
+    def load_pipeline(
+        self, model: str, components: Collection[str], dtype: torch.dtype, device: str | torch.device
+    ) -> Any:
+        """A diffusers pipeline of `pipeline_class_name` that holds `components` and nothing else in memory.
+
+        Raises ModelError when `model` (a folder or hub id) is missing or not of this family.
+        """
+        ...
+
+    def encode(self, pipe: Any, encoder: str | None, samples: Sequence[Sample], sizes: Sizes) -> list[Tensors]:
+        """The artifacts that `encoder` computes for each sample, by the pipeline's own methods, without a batch axis.
+
+        `image_latents` `(N, C)`, `control_latents` `(R, C)`, `prompt_embeds` `(T, D)`, `prompt_embeds_mask` `(T,)` bool,
+        `empty_prompt_embeds*` alike, `img_shapes` `(1 + controls, 3)` int32: frames, height and width in packed latents.
+        `encoder=None` gives the artifacts that need no encoder.
+        """
+        ...
+
+    def training_inputs(self, batch: Sequence[Tensors], noise: torch.Tensor, sigmas: torch.Tensor) -> TrainingInputs:
+        """Collate samples' artifacts and mix in `noise` `(B, N, C)` at `sigmas` `(B,)`, on the device of `noise`."""
+        ...
+
+
+@dataclass
+class CacheContext:
+    """What a TeaCache hook needs of one forward pass (the spec's interface).
+
+    Attributes:
+        modulated_input: tensor compared between steps, `(B, tokens, D)`.
+        hidden_states: preprocessed input of the block stack, `(B, tokens, D)`.
+        encoder_hidden_states: the text stream `(B, T, D)` of dual-stream models, else None.
+        temb: timestep embedding.
+        run_transformer_blocks: runs all blocks; returns `(hidden_states,)` or `(hidden_states, encoder_hidden_states)`.
+        postprocess: final norm and projection; takes hidden_states, returns what the model's forward returns.
+        extra_states: anything else an extractor wants to carry.
+    """
+
+    modulated_input: torch.Tensor
+    hidden_states: torch.Tensor
+    encoder_hidden_states: torch.Tensor | None
+    temb: torch.Tensor
+    run_transformer_blocks: Callable[[], tuple[torch.Tensor, ...]]
+    postprocess: Callable[[torch.Tensor], Any]
+    extra_states: dict[str, Any] | None = None
+
+    def validate(self) -> None:
+        """Raise TypeError or ValueError naming the first field that a hook could not work with."""
+        for name in ("modulated_input", "hidden_states", "temb"):
+            value = getattr(self, name)
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(f"CacheContext.{name} must be a torch.Tensor, found {type(value).__name__}")
+        if self.encoder_hidden_states is not None and not isinstance(self.encoder_hidden_states, torch.Tensor):
+            found = type(self.encoder_hidden_states).__name__
+            raise TypeError(f"CacheContext.encoder_hidden_states must be a torch.Tensor or None, found {found}")
+        for name in ("run_transformer_blocks", "postprocess"):
+            if not callable(getattr(self, name)):
+                raise TypeError(f"CacheContext.{name} must be callable, found {type(getattr(self, name)).__name__}")
+        batches = {self.modulated_input.shape[0], self.hidden_states.shape[0]}
+        if len(batches) != 1:
+            raise ValueError(
+                f"CacheContext.modulated_input has batch size {self.modulated_input.shape[0]}, "
+                f"hidden_states has {self.hidden_states.shape[0]}; they must be equal"
+            )
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """Rescaling polynomial of TeaCache, highest power first, and where it may be trusted.
+
+    `fitted_range` is the range of distances it was fitted on; beyond it the step is computed.
+    """
+
+    coefficients: tuple[float, ...]
+    fitted_range: tuple[float, float] | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """How many of the image tokens are noise (N, first) and how many are references (R, after them)."""
+
+    noise: int
+    reference: int
+
+
+@dataclass
+class JointQKV:
+    """Queries, keys and values of one attention call after norm and RoPE, each `(B, tokens, H, d)`.
+
+    `prefix` tokens (the text, where text and image attend jointly) stand first, then N noise, then R reference tokens.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    prefix: int
+
+
+class TransformerAdapter(Protocol):
+    """The transformer side of a model family: what the two sampling caches must know.
+
+    Attributes:
+        class_name: the diffusers transformer class, `QwenImageTransformer2DModel`.
+        polynomial: default TeaCache coefficients.
+        signal_ignores_text: True where block 0's modulated input is the same for all CFG branches.
+    """
+
+    class_name: str
+    polynomial: Polynomial
+    signal_ignores_text: bool
+
+    def extract_context(self, module: nn.Module, **forward_kwargs: Any) -> CacheContext:
+        """Preprocess one forward pass and say what to compare, how to run the blocks and how to finish."""
+        ...
+
+    def token_layout(self, module: nn.Module, forward_kwargs: Mapping[str, Any]) -> TokenLayout:
+        """Noise and reference tokens of this forward pass, without touching the device."""
+        ...
+
+    def attention_modules(self, module: nn.Module) -> Sequence[nn.Module]:
+        """The attention module of every block, in order: what the reference KV cache gives a processor to."""
+        ...
+
+    def reference_is_exact(self, module: nn.Module) -> bool:
+        """True where references neither see the noise nor are modulated by t, so that cached K and V are exact."""
+        ...

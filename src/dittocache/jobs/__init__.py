@@ -1,0 +1,1 @@
+"""A workflow of stages, each a process of its own, and the event stream they write."""

@@ -1,0 +1,1 @@
+"""What a cache costs in picture quality: metrics and reports."""

@@ -1,0 +1,1 @@
+"""The reference-image KV cache: config, hook, attention, memory."""

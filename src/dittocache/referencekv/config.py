@@ -1,0 +1,14 @@
+"""Settings of the reference-image KV cache."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from dittocache.settings import Settings
+
+
+class ReferenceKVConfig(Settings):
+    """Keys and values of reference tokens are kept per block and reused in later steps."""
+
+    refresh: int | None = Field(default=None, ge=1)
+    """Compute references anew every so many computed steps; None: only at the first step; 1: every step (stock output)."""

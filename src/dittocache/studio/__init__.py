@@ -1,0 +1,1 @@
+"""The web UI (see docs/architecture.md): pages only."""

@@ -1,0 +1,39 @@
+"""Settings of the step cache, with the spec's names and aliases."""
+
+from __future__ import annotations
+
+from pydantic import AliasChoices, ConfigDict, Field
+
+from dittocache.settings import Settings
+
+
+class TeaCacheConfig(Settings):
+    """TeaCache: skip the transformer blocks while the accumulated distance of their input stays small.
+
+    Source: https://liewfeng.github.io/TeaCache/ and the project's TeaCache configuration guide.
+    """
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    rel_l1_thresh: float = Field(
+        default=0.2, ge=0, validation_alias=AliasChoices("rel_l1_thresh", "teacache_thresh")
+    )
+    """Accumulated rescaled distance up to which the cached residual is reused; 0 computes every step."""
+
+    coefficients: tuple[float, ...] | None = Field(default=None, min_length=1)
+    """Rescaling polynomial, highest power first, of any degree; the family's default when left out."""
+
+    model_type: str | None = None
+    """Pipeline class name (`QwenImageEditPlusPipeline`); found from the transformer when left out."""
+
+    ret_steps: int = Field(default=1, ge=1)
+    """First steps that are always computed."""
+
+    cutoff_steps: int = Field(default=1, ge=1)
+    """Last steps that are always computed."""
+
+    max_consecutive_skips: int = Field(default=4, ge=1)
+    """A step is computed after so many skipped ones, whatever the distance."""
+
+    num_inference_steps: int | None = Field(default=None, ge=1)
+    """Number of steps of a run, needed only where it cannot be read from the pipeline's scheduler."""
