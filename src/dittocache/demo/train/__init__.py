@@ -1,0 +1,1 @@
+"""Train the bundled model: `python -m dittocache.demo.train STAGE`."""

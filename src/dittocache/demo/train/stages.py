@@ -1,0 +1,104 @@
+"""The stages by name, and the processes that `encode` and `dit` run in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from dittocache.demo.train.encode import CHUNK
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line chose; `minutes` is None for the stage's default."""
+
+    work_dir: Path
+    model_dir: Path
+    minutes: float | None
+    device: str
+    processes: int
+    samples: int
+
+
+def run_tokenizer(options: Options) -> None:
+    """Train the tokenizer and write the model folder's frame."""
+    from dittocache.demo.train.assemble import save_frame
+    from dittocache.demo.train.tokenizer import train_tokenizer
+
+    save_frame(options.model_dir, train_tokenizer(options.work_dir / "tokenizer"))
+
+
+def run_vae(options: Options) -> None:
+    """Train the VAE."""
+    from dittocache.demo.train.vae import train_vae
+
+    torch.set_num_threads(1)
+    train_vae(options.work_dir, options.model_dir, options.minutes or 14.0, options.device)
+
+
+def run_text(options: Options) -> None:
+    """Train the text encoder."""
+    from dittocache.demo.train.text import train_text
+
+    torch.set_num_threads(1)
+    train_text(options.work_dir, options.model_dir, options.minutes or 7.0, options.device)
+
+
+def run_encode(options: Options) -> None:
+    """Encode the data set in several processes."""
+    _spawn(_encode_worker, options)
+
+
+def run_dit(options: Options) -> None:
+    """Train the transformer in several processes."""
+    _spawn(_dit_worker, options)
+
+
+def run_evaluate(options: Options) -> None:
+    """Evaluate on the held-out edits."""
+    from dittocache.demo.evaluate import evaluate
+
+    evaluate(options.model_dir, options.work_dir / "evaluation")
+
+
+def _spawn(worker: Callable[[int, Options], None], options: Options) -> None:
+    # One thread a process: two OpenMP threads in one process were several times slower on shared cores.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29517")
+    mp.spawn(worker, args=(options,), nprocs=options.processes, join=True)
+
+
+def _encode_worker(rank: int, options: Options) -> None:
+    from dittocache.demo.train.encode import encode_chunks
+
+    count = -(-options.samples // CHUNK)
+    encode_chunks(options.work_dir, options.model_dir, count, rank, options.processes)
+
+
+def _dit_worker(rank: int, options: Options) -> None:
+    from dittocache.demo.train.dit import train_dit
+
+    if options.processes > 1:
+        dist.init_process_group("gloo", rank=rank, world_size=options.processes)
+    try:
+        train_dit(options.work_dir, options.model_dir, options.minutes or 60.0, rank, options.processes)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+STAGES: dict[str, Callable[[Options], None]] = {
+    "tokenizer": run_tokenizer,
+    "vae": run_vae,
+    "text": run_text,
+    "encode": run_encode,
+    "dit": run_dit,
+    "evaluate": run_evaluate,
+}
