@@ -1,0 +1,39 @@
+"""Read pictures as diffusers users do: upright (EXIF), RGB."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from dittocache.errors import DataError
+
+# Part of every recipe in which a picture plays a role; change it when `open_picture` changes what it returns.
+READING: Mapping[str, str] = {"mode": "RGB", "exif": "transposed"}
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The picture turned upright and as RGB, by `diffusers.utils.load_image`; raises DataError naming the file."""
+    from diffusers.utils import load_image
+
+    try:
+        with Image.open(path) as picture:
+            return load_image(picture)
+    except FileNotFoundError as error:
+        raise DataError(f"picture {path} does not exist; the data set names it") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"picture {path} cannot be read ({error}); replace it or remove its sample") from error
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """(width, height) of the picture once upright, from its header alone; raises DataError naming the file."""
+    try:
+        with Image.open(path) as picture:
+            width, height = picture.size
+            turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientations that swap the sides
+    except FileNotFoundError as error:
+        raise DataError(f"picture {path} does not exist; the data set names it") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"picture {path} cannot be read ({error}); replace it or remove its sample") from error
+    return (height, width) if turned else (width, height)
