@@ -87,6 +87,7 @@ class Family(Protocol):
         pipeline_class_name: the diffusers pipeline, and the spec's `model_type`: `QwenImageEditPlusPipeline`.
         encoders: pipeline components that compute artifacts, each with the components it needs beside it, e.g.
             `{"vae": (), "text_encoder": ("tokenizer", "processor")}`.
+        size_multiple: the sides of target pictures must be multiples of this many pixels.
         lora_targets: module names for `peft.LoraConfig(target_modules=...)`.
         transformer: the transformer side.
     """
@@ -94,6 +95,7 @@ class Family(Protocol):
     name: str
     pipeline_class_name: str
     encoders: Mapping[str, tuple[str, ...]]
+    size_multiple: int
     lora_targets: tuple[str, ...]
     transformer: TransformerAdapter
 
