@@ -92,6 +92,8 @@ def scene_held_out(scene: Scene) -> bool:
 
 def make_edit(rng: random.Random, kind: str, source: Scene) -> Edit:
     """Draw one random edit of a kind for a source scene, with a random phrasing."""
+    if kind not in PHRASES:
+        raise ValueError(f"unknown edit kind {kind!r}; known kinds: {', '.join(PHRASES)}")
     phrase = rng.choice(PHRASES[kind])
     used = {source.ground, *(shape.colour for shape in source.shapes)}
     free = sorted(set(COLOURS) - used)
@@ -122,14 +124,12 @@ def make_edit(rng: random.Random, kind: str, source: Scene) -> Edit:
     elif kind == "stars":
         words = {"colour": rng.choice(free)}
         target = replace(source, stars=tuple(_star(rng, words["colour"]) for _ in range(5)))
-    elif kind == "texture":
+    else:  # texture
         words = {"texture": rng.choice(TEXTURES), "colour": rng.choice(free)}
         texture = Texture(
             words["texture"], words["colour"], rng.uniform(0, 180), rng.uniform(26, 38), rng.uniform(0, 32)
         )
         target = replace(source, texture=texture)
-    else:
-        raise ValueError(f"unknown edit kind {kind!r}; known kinds: {', '.join(PHRASES)}")
     return Edit(kind, phrase.format(**words), source, target)
 
 

@@ -44,11 +44,11 @@ def load_pipeline(
     processor = load_processor(folder)
     pipeline = QwenImageEditPlusPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
-        vae=AutoencoderKLQwenImage.from_pretrained(folder / "vae", torch_dtype=dtype),
+        vae=AutoencoderKLQwenImage.from_pretrained(folder / "vae", dtype=dtype),
         text_encoder=Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder", dtype=dtype),
         tokenizer=processor.tokenizer,
         processor=processor,
-        transformer=QwenImageTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=dtype),
+        transformer=QwenImageTransformer2DModel.from_pretrained(folder / "transformer", dtype=dtype),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

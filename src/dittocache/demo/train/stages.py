@@ -42,6 +42,14 @@ def run_vae(options: Options) -> None:
     train_vae(options.work_dir, options.model_dir, options.minutes or 14.0, options.device)
 
 
+def run_polish(options: Options) -> None:
+    """Train the VAE's decoder a little longer on what is rare."""
+    from dittocache.demo.train.polish import polish_decoder
+
+    torch.set_num_threads(1)
+    polish_decoder(options.work_dir, options.model_dir, options.minutes or 5.0)
+
+
 def run_text(options: Options) -> None:
     """Train the text encoder."""
     from dittocache.demo.train.text import train_text
@@ -97,6 +105,7 @@ def _dit_worker(rank: int, options: Options) -> None:
 STAGES: dict[str, Callable[[Options], None]] = {
     "tokenizer": run_tokenizer,
     "vae": run_vae,
+    "polish": run_polish,
     "text": run_text,
     "encode": run_encode,
     "dit": run_dit,
