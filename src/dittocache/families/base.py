@@ -115,8 +115,9 @@ class Family(Protocol):
     def encode(self, pipe: Any, encoder: str | None, samples: Sequence[Sample], sizes: Sizes) -> list[Tensors]:
         """The artifacts that `encoder` computes for each sample, by the pipeline's own methods, without a batch axis.
 
-        `image_latents` `(N, C)`, `control_latents` `(R, C)`, `prompt_embeds` `(T, D)`, `prompt_embeds_mask` `(T,)` bool,
-        `empty_prompt_embeds*` alike, `img_shapes` `(1 + controls, 3)` int32: frames, height and width in packed latents.
+        `image_latents` `(N, C)`, `control_latents` `(R, C)`, `prompt_embeds` `(T, D)`, `prompt_embeds_mask` `(T,)`
+        bool, `empty_prompt_embeds*` alike, `img_shapes` `(1 + controls, 3)` int32: frames, height and width in packed
+        latents.
         `encoder=None` gives the artifacts that need no encoder.
         """
         ...

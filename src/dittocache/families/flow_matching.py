@@ -29,7 +29,9 @@ def stack(batch: Sequence[Tensors], name: str, like: torch.Tensor) -> torch.Tens
     """
     missing = [index for index, sample in enumerate(batch) if name not in sample]
     if missing:
-        raise DataError(f"sample {missing[0]} of the batch has no {name}; it has {', '.join(sorted(batch[missing[0]]))}")
+        raise DataError(
+            f"sample {missing[0]} of the batch has no {name}; it has {', '.join(sorted(batch[missing[0]]))}"
+        )
     shapes = {tuple(sample[name].shape) for sample in batch}
     if len(shapes) != 1:
         raise DataError(

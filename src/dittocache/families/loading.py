@@ -54,7 +54,9 @@ def load_components(
     index = model_index(model)
     found = index.get("_class_name")
     if found != pipeline_class_name:
-        raise ModelError(f"{str(model)!r} is a {found}; expected a {pipeline_class_name}: choose the family of this model")
+        raise ModelError(
+            f"{str(model)!r} is a {found}; expected a {pipeline_class_name}: choose the family of this model"
+        )
     listed = component_names(model)
     absent = sorted(set(components) - set(listed))
     if absent:

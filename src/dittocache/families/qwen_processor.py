@@ -7,12 +7,13 @@ from typing import Any
 from PIL import Image
 from transformers import BatchFeature, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.processing_utils import ProcessorMixin
 from transformers.utils import is_torchvision_available
 
 IMAGE_TOKEN = "<|image_pad|>"
 
 
-class StillImageProcessor:
+class StillImageProcessor(ProcessorMixin):  # diffusers accepts no other type as `processor=`
     """Tokenize text with image placeholders as `Qwen2VLProcessor` does, for still images only.
 
     The stock class imports torchvision for its video part even where no video is given. This one gives the same
@@ -20,8 +21,7 @@ class StillImageProcessor:
     """
 
     def __init__(self, image_processor: Qwen2VLImageProcessorPil, tokenizer: Qwen2Tokenizer) -> None:
-        self.image_processor = image_processor
-        self.tokenizer = tokenizer
+        super().__init__(image_processor=image_processor, tokenizer=tokenizer)
 
     def __call__(
         self,

@@ -1,0 +1,174 @@
+"""FLUX.1 text to image: dev (guidance-distilled) and schnell. Encoding side.
+
+Text passes the pipeline's own CLIP and T5 methods one encoder at a time, so that only one has to be in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dittocache.data.sample import Sample
+from dittocache.errors import DataError, ModelError
+from dittocache.families.base import Artifact, ArtifactInput, Sizes, Tensors, TrainingInputs, TransformerAdapter
+from dittocache.families.flow_matching import interpolate, picture_shapes, stack
+from dittocache.families.loading import load_components
+from dittocache.families.pictures import READING, open_picture
+
+EMPTY_PROMPT = ""
+PACKED_PIXELS = 16  # pixels a side of one packed latent token: 8 by the VAE, 2 by packing
+MAX_SEQUENCE_LENGTH = 512  # T5 tokens, the pipeline's default; shorter prompts are padded to it
+RESAMPLING = "lanczos"
+TRAINING_GUIDANCE = 1.0  # what a guidance-distilled model is told while training: no extrapolation
+
+
+class Flux:
+    """Encoding side of FLUX.1.
+
+    Args:
+        transformer: the transformer side.
+        name: `flux` or `flux-schnell`.
+        guidance: True for a guidance-distilled checkpoint (`guidance_embeds` in the transformer's config).
+    """
+
+    pipeline_class_name = "FluxPipeline"
+    encoders: Mapping[str, tuple[str, ...]] = {
+        "vae": (),
+        "text_encoder": ("tokenizer",),
+        "text_encoder_2": ("tokenizer_2",),
+    }
+    size_multiple = PACKED_PIXELS
+    lora_targets = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+    )
+
+    def __init__(self, transformer: TransformerAdapter, name: str = "flux", guidance: bool = True) -> None:
+        self.transformer = transformer
+        self.name = name
+        self.guidance = guidance
+
+    def artifacts(self, sample: Sample, sizes: Sizes) -> Sequence[Artifact]:
+        """The six artifacts of a sample; raises DataError where it has control pictures or a loss mask."""
+        unused = [*sample.controls, *([sample.mask] if sample.mask else [])]
+        if unused:
+            raise DataError(
+                f"sample {sample.name!r} has pictures that {self.name} cannot use: {', '.join(map(str, unused))}; "
+                "FLUX.1 text to image takes no control picture and no loss mask: remove them"
+            )
+        size = {"size": list(sample.size)}
+        target = (ArtifactInput("target", file=sample.target),)
+        prompt = (ArtifactInput("prompt", text=sample.prompt),)
+        empty = (ArtifactInput("prompt", text=EMPTY_PROMPT),)
+        t5 = {"max_sequence_length": MAX_SEQUENCE_LENGTH}
+        latents = {**size, "resampling": RESAMPLING, **READING, "posterior": "mode", "packing": "2x2"}
+        return (
+            Artifact("image_latents", "vae", target, latents),
+            Artifact("pooled_prompt_embeds", "text_encoder", prompt),
+            Artifact("empty_pooled_prompt_embeds", "text_encoder", empty),
+            Artifact("prompt_embeds", "text_encoder_2", prompt, t5),
+            Artifact("empty_prompt_embeds", "text_encoder_2", empty, t5),
+            Artifact("img_shapes", None, (), {**size, "packed_pixels": PACKED_PIXELS}),
+        )
+
+    def load_pipeline(
+        self, model: str, components: Collection[str], dtype: torch.dtype, device: str | torch.device
+    ) -> Any:
+        """A `FluxPipeline` with `components` only; raises ModelError when `model` is not one."""
+        return load_components(self.pipeline_class_name, model, components, dtype, device)
+
+    @torch.no_grad()
+    def encode(self, pipe: Any, encoder: str | None, samples: Sequence[Sample], sizes: Sizes) -> list[Tensors]:
+        """The artifacts that `encoder` computes for each sample, on the encoder's device, one picture or prompt a time.
+
+        Raises DataError naming a picture that cannot be read, ModelError for an unknown encoder.
+        """
+        if encoder is None:
+            return [{"img_shapes": _picture_shapes(sample)} for sample in samples]
+        if encoder == "vae":
+            return [{"image_latents": _packed_latents(pipe, sample)} for sample in samples]
+        if encoder == "text_encoder":
+            return _encode_prompts(samples, "pooled_prompt_embeds", lambda prompt: _pooled(pipe, prompt))
+        if encoder == "text_encoder_2":
+            return _encode_prompts(samples, "prompt_embeds", lambda prompt: _sequence(pipe, prompt))
+        raise ModelError(f"{self.name} has no encoder {encoder!r}; expected {', '.join(self.encoders)} or None")
+
+    def training_inputs(self, batch: Sequence[Tensors], noise: torch.Tensor, sigmas: torch.Tensor) -> TrainingInputs:
+        """One batch for `FluxTransformer2DModel.forward`; `noise` `(B, N, 64)`, `sigmas` `(B,)` in [0, 1].
+
+        Raises DataError where the samples are not of one bucket.
+        """
+        from diffusers import FluxPipeline
+
+        [[(_, height, width)], *_] = picture_shapes(batch)
+        noisy, target = interpolate(stack(batch, "image_latents", noise), noise, sigmas)
+        prompt_embeds = stack(batch, "prompt_embeds", noise)  # (B, 512, D)
+        img_ids = FluxPipeline._prepare_latent_image_ids(len(batch), height, width, noise.device, noise.dtype)
+        guidance = torch.full((len(batch),), TRAINING_GUIDANCE, device=noise.device) if self.guidance else None
+        return TrainingInputs(
+            transformer_kwargs={
+                "hidden_states": noisy,
+                "timestep": sigmas.to(noise),
+                "guidance": guidance,
+                "pooled_projections": stack(batch, "pooled_prompt_embeds", noise),
+                "encoder_hidden_states": prompt_embeds,
+                "txt_ids": torch.zeros(prompt_embeds.shape[1], 3, device=noise.device, dtype=noise.dtype),
+                "img_ids": img_ids,
+            },
+            target=target,
+            select=lambda output: output,
+        )
+
+
+def _picture_shapes(sample: Sample) -> torch.Tensor:
+    width, height = sample.size
+    return torch.tensor([(1, height // PACKED_PIXELS, width // PACKED_PIXELS)], dtype=torch.int32)
+
+
+def _packed_latents(pipe: Any, sample: Sample) -> torch.Tensor:
+    """Packed latents `(N, 64)` of the target."""
+    from diffusers import FluxKontextPipeline
+
+    width, height = sample.size
+    picture = pipe.image_processor.preprocess(open_picture(sample.target), height, width)
+    picture = picture.to(pipe.vae.device, pipe.vae.dtype)
+    # FluxPipeline only decodes; Kontext is the FLUX.1 pipeline whose encoding is deterministic (mode, not sample),
+    # and its method needs nothing but the VAE.
+    latents = FluxKontextPipeline._encode_vae_image(pipe, picture, generator=None)  # (1, 16, H / 8, W / 8)
+    packed: torch.Tensor = pipe._pack_latents(latents, 1, *latents.shape[1:])
+    return packed[0]
+
+
+def _encode_prompts(samples: Sequence[Sample], name: str, encode: Any) -> list[Tensors]:
+    prompts = dict.fromkeys([EMPTY_PROMPT, *(sample.prompt for sample in samples)])
+    known = {prompt: encode(prompt) for prompt in prompts}
+    return [{name: known[sample.prompt], f"empty_{name}": known[EMPTY_PROMPT]} for sample in samples]
+
+
+def _pooled(pipe: Any, prompt: str) -> torch.Tensor:
+    """CLIP's pooled embedding `(768,)`."""
+    pooled: torch.Tensor = pipe._get_clip_prompt_embeds(prompt, device=pipe.text_encoder.device)
+    return pooled[0]
+
+
+def _sequence(pipe: Any, prompt: str) -> torch.Tensor:
+    """T5's embeddings `(512, 4096)`."""
+    embeds: torch.Tensor = pipe._get_t5_prompt_embeds(
+        prompt,
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
+        device=pipe.text_encoder_2.device,
+        dtype=pipe.text_encoder_2.dtype,  # its default asks the CLIP encoder, which need not be loaded
+    )
+    return embeds[0]

@@ -1,0 +1,66 @@
+"""Which families there are, and which one a checkpoint or a transformer belongs to."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from torch import nn
+
+from dittocache.errors import ModelError
+from dittocache.families.base import Family, TransformerAdapter
+from dittocache.families.flux import Flux
+from dittocache.families.flux_transformer import FluxTransformerAdapter
+from dittocache.families.loading import model_index
+from dittocache.families.qwen_image_edit_plus import QwenImageEditPlus
+from dittocache.families.qwen_image_transformer import QwenImageTransformerAdapter
+
+_QWEN_IMAGE_TRANSFORMER: TransformerAdapter = QwenImageTransformerAdapter()
+_FLUX_TRANSFORMER: TransformerAdapter = FluxTransformerAdapter()
+_ADAPTERS = (_QWEN_IMAGE_TRANSFORMER, _FLUX_TRANSFORMER)
+
+_families: tuple[Family, ...] = (
+    QwenImageEditPlus(_QWEN_IMAGE_TRANSFORMER),
+    Flux(_FLUX_TRANSFORMER),
+    Flux(_FLUX_TRANSFORMER, name="flux-schnell", guidance=False),
+)
+FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for family in _families})
+
+
+def get_family(name: str) -> Family:
+    """The family of this name, as configs write it; raises ModelError with the nearest name for any other."""
+    if name in FAMILIES:
+        return FAMILIES[name]
+    near = difflib.get_close_matches(name, FAMILIES, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ModelError(f"no model family {name!r}; there are {', '.join(FAMILIES)}{hint}")
+
+
+def family_of_model(model: str | Path) -> Family:
+    """The family of a checkpoint (folder or hub id), by the pipeline class in its `model_index.json`.
+
+    Raises ModelError when there is no checkpoint, or its pipeline belongs to no family.
+    """
+    pipeline_class_name = model_index(model).get("_class_name")
+    matching = [family for family in FAMILIES.values() if family.pipeline_class_name == pipeline_class_name]
+    if not matching:
+        supported = sorted({family.pipeline_class_name for family in FAMILIES.values()})
+        raise ModelError(f"{str(model)!r} is a {pipeline_class_name}; supported pipelines are {', '.join(supported)}")
+    if len(matching) == 1:
+        return matching[0]
+    from diffusers import FluxTransformer2DModel
+
+    guided = bool(FluxTransformer2DModel.load_config(str(model), subfolder="transformer")["guidance_embeds"])
+    return get_family("flux" if guided else "flux-schnell")
+
+
+def adapter_of(module: nn.Module) -> TransformerAdapter:
+    """The transformer side for a denoiser, by its class or a base class; raises ModelError for an unknown one."""
+    names = [base.__name__ for base in type(module).__mro__]
+    for adapter in _ADAPTERS:
+        if adapter.class_name in names:
+            return adapter
+    supported = ", ".join(adapter.class_name for adapter in _ADAPTERS)
+    raise ModelError(f"no family knows the transformer {type(module).__name__}; supported are {supported}")

@@ -1,0 +1,126 @@
+"""Add a LoRA to a transformer, save it as diffusers does, and load it back to go on training."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dittocache.errors import ModelError
+from dittocache.families.base import Family
+from dittocache.training.config import TrainConfig
+
+ADAPTER_NAME = "default"
+WEIGHT_NAME = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` looks for
+SETTINGS_KEY = "dittocache"  # metadata entry beside PEFT's own
+
+
+def add_lora(transformer: Any, family: Family, config: TrainConfig) -> list[torch.nn.Parameter]:
+    """Freeze `transformer`, add a LoRA on the family's targets, and return its parameters (float32, trainable).
+
+    The first factor is drawn from `config.seed`, whatever was drawn before; the second is zero, so that the output
+    does not change. Raises ModelError where the transformer has an adapter already, or none of the targets.
+    """
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    if ADAPTER_NAME in getattr(transformer, "peft_config", {}):
+        raise ModelError(f"the transformer already has an adapter named {ADAPTER_NAME!r}; load the model anew")
+    transformer.requires_grad_(False)
+    lora_config = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha if config.alpha is not None else config.rank,
+        init_lora_weights=True,
+        target_modules=list(family.lora_targets),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        try:
+            transformer.add_adapter(lora_config, adapter_name=ADAPTER_NAME)
+        except ValueError as error:
+            raise ModelError(
+                f"cannot add a LoRA of family {family.name!r} to a {type(transformer).__name__}: {error}"
+            ) from error
+    cast_training_params(transformer, dtype=torch.float32)  # 16-bit AdamW loses small updates
+    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
+def save_lora(transformer: Any, family: Family, folder: Path, metadata: Mapping[str, Any]) -> Path:
+    """Write the LoRA to `folder`, where `pipe.load_lora_weights(folder)` finds it; return the file.
+
+    `metadata` (JSON values: the settings of the run) stands in the file's header under `dittocache`, beside PEFT's
+    configuration. The file appears whole or not at all.
+    """
+    import diffusers
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    peft_config = _json_values(transformer.peft_config[ADAPTER_NAME].to_dict())
+    adapter = {f"{_transformer_name(family)}.{key}": value for key, value in peft_config.items()}
+    header = {
+        "format": "pt",
+        LORA_ADAPTER_METADATA_KEY: json.dumps(adapter, sort_keys=True),
+        SETTINGS_KEY: json.dumps(metadata, sort_keys=True),
+    }
+
+    def write(weights: dict[str, torch.Tensor], path: str) -> None:
+        # Contiguous copies in host memory: safetensors refuses views.
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path, metadata=header)
+        with open(path, "rb") as stream:
+            os.fsync(stream.fileno())
+
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{WEIGHT_NAME}.{os.getpid()}"
+    getattr(diffusers, family.pipeline_class_name).save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=ADAPTER_NAME),
+        weight_name=temporary.name,
+        save_function=write,
+    )
+    os.replace(temporary, folder / WEIGHT_NAME)
+    return folder / WEIGHT_NAME
+
+
+def restore_lora(transformer: Any, family: Family, folder: Path) -> None:
+    """Put saved weights into the LoRA that `add_lora` made; raises ModelError where they do not fit it."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    prefix = f"{_transformer_name(family)}."
+    weights = {name.removeprefix(prefix): tensor for name, tensor in load_file(folder / WEIGHT_NAME).items()}
+    try:
+        outcome = set_peft_model_state_dict(transformer, weights, adapter_name=ADAPTER_NAME)
+    except RuntimeError as error:
+        raise ModelError(f"the LoRA in {folder} does not fit this transformer and rank: {error}") from error
+    missing = [name for name in outcome.missing_keys if "lora_" in name]
+    if missing or outcome.unexpected_keys:
+        raise ModelError(
+            f"the LoRA in {folder} does not fit this transformer: "
+            f"missing {missing[:3]}, not expected {list(outcome.unexpected_keys)[:3]}"
+        )
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The `metadata` that a LoRA was saved with; empty for one that dittocache did not write."""
+    from safetensors import safe_open
+
+    with safe_open(folder / WEIGHT_NAME, framework="pt") as stream:
+        settings: dict[str, Any] = json.loads((stream.metadata() or {}).get(SETTINGS_KEY, "{}"))
+    return settings
+
+
+def _transformer_name(family: Family) -> str:
+    import diffusers
+
+    name: str = getattr(diffusers, family.pipeline_class_name).transformer_name
+    return name
+
+
+def _json_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT's settings with sets as sorted lists, which JSON can hold."""
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
