@@ -7,6 +7,7 @@ the same size: a picture that was resized to fit is not the picture that was mad
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
@@ -117,7 +118,8 @@ def ssim(a: Picture, b: Picture) -> float:
             f"SSIM needs pictures of at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels; found "
             f"{first.shape[1]}x{first.shape[0]} (width x height)"
         )
-    similarity = structural_similarity(
+    similarity: Callable[..., float] = structural_similarity  # scikit-image has no types
+    value = similarity(
         first,
         second,
         data_range=255,
@@ -126,4 +128,4 @@ def ssim(a: Picture, b: Picture) -> float:
         sigma=1.5,
         use_sample_covariance=False,
     )
-    return float(similarity)
+    return float(value)

@@ -152,6 +152,12 @@ class BeforeAfterSection:
     shown: int = 4
     note: str = ""
 
+    def __post_init__(self) -> None:
+        if not self.edits:
+            raise ValueError(
+                "a before-and-after section needs at least one held-out edit; leave the section out instead"
+            )
+
     @property
     def base_psnr(self) -> float:
         """Mean over the edits, in dB."""
@@ -166,6 +172,19 @@ class BeforeAfterSection:
     def mean_gain(self) -> float:
         """Mean gain in dB."""
         return _mean([edit.gain for edit in self.edits])
+
+    @property
+    def smallest_gain(self) -> float:
+        return min(edit.gain for edit in self.edits)
+
+    @property
+    def largest_gain(self) -> float:
+        return max(edit.gain for edit in self.edits)
+
+    @property
+    def improved(self) -> int:
+        """Edits that came nearer to their target."""
+        return sum(edit.gain > 0 for edit in self.edits)
 
     @property
     def worst(self) -> HeldOutEdit:

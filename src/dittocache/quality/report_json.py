@@ -13,9 +13,24 @@ from PIL import Image
 from dittocache.quality.metrics import capped
 from dittocache.quality.report_data import Report
 
-_COMPUTED = frozenset(
-    "records encoded reused stored_bytes base_psnr lora_psnr gain mean_gain computed skipped psnrs ssims "
-    "summaries speedup".split()
+_COMPUTED = (
+    "records",
+    "encoded",
+    "reused",
+    "stored_bytes",
+    "base_psnr",
+    "lora_psnr",
+    "gain",
+    "mean_gain",
+    "smallest_gain",
+    "largest_gain",
+    "improved",
+    "computed",
+    "skipped",
+    "psnrs",
+    "ssims",
+    "summaries",
+    "speedup",
 )
 """The properties that hold numbers; the others (`worst`, `uncached`) repeat what the fields already say."""
 
