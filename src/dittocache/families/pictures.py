@@ -24,16 +24,3 @@ def open_picture(path: Path) -> Image.Image:
         raise DataError(f"picture {path} does not exist; the data set names it") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"picture {path} cannot be read ({error}); replace it or remove its sample") from error
-
-
-def picture_size(path: Path) -> tuple[int, int]:
-    """(width, height) of the picture once upright, from its header alone; raises DataError naming the file."""
-    try:
-        with Image.open(path) as picture:
-            width, height = picture.size
-            turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientations that swap the sides
-    except FileNotFoundError as error:
-        raise DataError(f"picture {path} does not exist; the data set names it") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"picture {path} cannot be read ({error}); replace it or remove its sample") from error
-    return (height, width) if turned else (width, height)

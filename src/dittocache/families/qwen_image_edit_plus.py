@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from dittocache.data.pictures import picture_size
 from dittocache.data.sample import Sample
 from dittocache.errors import DataError, ModelError
 from dittocache.families.base import Artifact, ArtifactInput, Sizes, Tensors, TrainingInputs, TransformerAdapter
 from dittocache.families.flow_matching import interpolate, pad_prompts, picture_shapes, stack
 from dittocache.families.loading import load_components
-from dittocache.families.pictures import READING, open_picture, picture_size
+from dittocache.families.pictures import READING, open_picture
 from dittocache.families.qwen_processor import image_backend, load_still_image_processor
 
 EMPTY_PROMPT = ""  # the pipeline's template still surrounds it

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -123,10 +122,11 @@ class MixedSource:
     def stream(self, batches: Iterable[Sequence[str]]) -> Iterator[list[Tensors]]:
         """Batches read ahead from the cache; one with a miss is loaded sample by sample, then reading ahead goes on."""
         remaining = iter(batches)
+        again: deque[Sequence[str]] = deque()  # read ahead in vain when another batch had a miss
         while True:
             started: deque[Sequence[str]] = deque()  # handed to the cache, not given out yet
             try:
-                for tensors in self._cached.stream(_noted(remaining, started)):
+                for tensors in self._cached.stream(_noted(again, remaining, started)):
                     started.popleft()
                     yield tensors
                 return
@@ -134,7 +134,7 @@ class MixedSource:
                 if not started:
                     raise
             yield self.load(started.popleft())
-            remaining = chain(started, remaining)
+            again.extendleft(reversed(started))
 
     def bucket(self, name: str) -> Bucket:
         """`img_shapes`, cached or live."""
@@ -160,8 +160,13 @@ class MixedSource:
         return self._live
 
 
-def _noted(batches: Iterator[Sequence[str]], started: deque[Sequence[str]]) -> Iterator[Sequence[str]]:
-    for names in batches:
+def _noted(
+    again: deque[Sequence[str]], remaining: Iterator[Sequence[str]], started: deque[Sequence[str]]
+) -> Iterator[Sequence[str]]:
+    while True:
+        names = again.popleft() if again else next(remaining, None)
+        if names is None:
+            return
         started.append(names)
         yield names
 
