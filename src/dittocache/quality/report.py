@@ -181,7 +181,10 @@ class _CachesView:
 
 
 def _caches_view(section: CachesSection) -> _CachesView:
-    """One amplification for all difference maps (so that the cached ones, which matter, use its range), the longest row of steps, and how the baseline fares."""
+    """One amplification for all difference maps, the longest row of steps, and how the baseline fares.
+
+    The amplification is chosen by the cached pictures, which matter; the baseline's map may clip.
+    """
     pairs = [
         (variant.picture, edit.uncached.picture)
         for edit in section.edits
