@@ -79,7 +79,7 @@ def test_sizes_are_restored_also_after_an_error():
     with pytest.raises(RuntimeError), pipeline_sizes(1, 2):
         assert (edit_plus.VAE_IMAGE_SIZE, edit_plus.CONDITION_IMAGE_SIZE) == (1, 2)
         raise RuntimeError
-    assert (edit_plus.VAE_IMAGE_SIZE, edit_plus.CONDITION_IMAGE_SIZE) == before
+    assert before == (edit_plus.VAE_IMAGE_SIZE, edit_plus.CONDITION_IMAGE_SIZE)
 
 
 def test_processor_expands_one_placeholder_an_image(processor):
@@ -90,7 +90,7 @@ def test_processor_expands_one_placeholder_an_image(processor):
     assert (inputs["input_ids"] == pad).sum(dim=1).tolist() == [4, 4]
     assert inputs["image_grid_thw"].tolist() == [[1, 4, 4], [1, 4, 4]]
     assert inputs["pixel_values"].shape == (32, 3 * 2 * 16 * 16)
-    with pytest.raises(ValueError, match="1 <|image_pad|> placeholders but 2 images"):
+    with pytest.raises(ValueError, match=r"1 <\|image_pad\|> placeholders but 2 images"):
         processor(text=text, images=[picture, picture])
 
 

@@ -51,7 +51,12 @@ def test_training_and_evaluation_share_neither_scene_nor_instruction():
 
 
 def test_every_word_of_the_evaluation_is_seen_in_training():
-    seen = {word for kind in PHRASES for text in set(instructions(kind)) - held_out_instructions(kind) for word in text.split()}
+    seen = {
+        word
+        for kind in PHRASES
+        for text in set(instructions(kind)) - held_out_instructions(kind)
+        for word in text.split()
+    }
     wanted = {word for kind in PHRASES for text in held_out_instructions(kind) for word in text.split()}
     assert wanted <= seen
 

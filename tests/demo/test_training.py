@@ -1,4 +1,4 @@
-"""The training code: shortcuts equal the stock computation, and resuming, scheduling and optimising do what they say."""
+"""The training code: shortcuts equal the stock computation; resuming, scheduling, optimising do what they say."""
 
 import random
 
@@ -67,9 +67,7 @@ def test_plane_vae_equals_the_stock_vae_on_single_frames():
     torch.testing.assert_close(latents, stock_latents[:, :, 0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(decode(plane, latents), stock_images[:, :, 0], atol=1e-4, rtol=1e-4)
     back = from_plane(plane)
-    torch.testing.assert_close(
-        back.encode(images.unsqueeze(2)).latent_dist.mode(), stock_latents, atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(back.encode(images.unsqueeze(2)).latent_dist.mode(), stock_latents, atol=1e-4, rtol=1e-4)
     assert back.state_dict().keys() == state.keys()
 
 

@@ -51,7 +51,12 @@ def _array(image: Image.Image) -> np.ndarray:
 
 
 def generate(
-    pipeline: QwenImageEditPlusPipeline, source: Image.Image, instruction: str, seed: int = 0, steps: int = STEPS, **call: Any
+    pipeline: QwenImageEditPlusPipeline,
+    source: Image.Image,
+    instruction: str,
+    seed: int = 0,
+    steps: int = STEPS,
+    **call: Any,
 ) -> Image.Image:
     """Edit one 128x128 picture with the stock pipeline call, without guidance unless `call` says otherwise."""
     options = {"true_cfg_scale": 1.0} | call
@@ -65,7 +70,8 @@ def generate(
             generator=torch.Generator().manual_seed(seed),
             **options,
         )
-    return output.images[0]
+    image: Image.Image = output.images[0]
+    return image
 
 
 def run_edits(
@@ -110,7 +116,9 @@ def contact_sheet(pictures: Sequence[tuple[Image.Image, ...]], columns: int = 4,
     return sheet
 
 
-def evaluate(model_dir: Path = MODEL_DIR, out_dir: Path | None = None, count: int = 64, steps: int = STEPS) -> dict[str, Any]:
+def evaluate(
+    model_dir: Path = MODEL_DIR, out_dir: Path | None = None, count: int = 64, steps: int = STEPS
+) -> dict[str, Any]:
     """Evaluate a model folder on `count` held-out edits.
 
     Writes `evaluation.json` and `heldout-edits.png` (source, result, target) to `out_dir` where one is given, and

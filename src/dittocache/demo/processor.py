@@ -12,7 +12,8 @@ from transformers.processing_utils import ProcessorMixin
 IMAGE_TOKEN = "<|image_pad|>"
 
 
-class StillImageProcessor(ProcessorMixin):  # diffusers accepts no other type as `processor=`
+# A ProcessorMixin, because diffusers accepts no other type as `processor=`.
+class StillImageProcessor(ProcessorMixin):  # type: ignore[misc]
     """Tokenize text with image placeholders as `Qwen2VLProcessor` does, for images only.
 
     The stock class imports torchvision for its video part even where no video is given. This one gives the same

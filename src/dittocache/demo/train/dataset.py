@@ -74,4 +74,5 @@ class Dataset:
 
 def _read(work_dir: Path, index: int) -> dict[str, torch.Tensor]:
     latents = torch.load(chunk_path(work_dir, "latents", index), weights_only=True)
-    return latents | torch.load(chunk_path(work_dir, "prompts", index), weights_only=True)
+    prompts = torch.load(chunk_path(work_dir, "prompts", index), weights_only=True)
+    return {**latents, **prompts}

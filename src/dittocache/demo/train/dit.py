@@ -53,7 +53,8 @@ def velocity_loss(
 
 def split_parameters(transformer: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(matrices for Muon, everything else for AdamW): attention and feed-forward weights against the rest."""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in transformer.named_parameters():
         hidden = parameter.ndim == 2 and "transformer_blocks" in name and "_mod." not in name
         (matrices if hidden else rest).append(parameter)
@@ -124,7 +125,7 @@ def train_dit(work_dir: Path, model_dir: Path, minutes: float, rank: int = 0, wo
             break
         batch = data.batch(next(order), EMPTY_SHARE, generator)
         losses = velocity_loss(forward, batch, draw_sigmas(BATCH, generator), generator)
-        losses.mean().backward()
+        losses.mean().backward()  # type: ignore[no-untyped-call]
         average_gradients(parameters)
         norm = nn.utils.clip_grad_norm_(rest, 1.0)
         muon.step(MUON_RATE * rate)
@@ -140,7 +141,9 @@ def train_dit(work_dir: Path, model_dir: Path, minutes: float, rank: int = 0, wo
         decay = min(EMA_DECAY, (1 + step) / (10 + step))
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
         if step % 50 == 0:
-            log.write(step=step, loss=round(sum(recent) / len(recent), 4), norm=round(float(norm), 3), rate=round(rate, 3))
+            log.write(
+                step=step, loss=round(sum(recent) / len(recent), 4), norm=round(float(norm), 3), rate=round(rate, 3)
+            )
             recent = []
         if step % CHECK_STEPS == 0:
             log.write(step=step, heldout_loss=round(heldout_loss(forward, heldout), 4))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import QwenImageEditPlusPipeline
+from PIL import Image
 
 from dittocache.demo.edits import Edit, evaluation_edits, training_edits
 from dittocache.demo.model import load_pipeline
@@ -48,7 +49,9 @@ def encode_chunks(
             path = chunk_path(work_dir, part, index)
             if path.is_file():
                 continue
-            save_checkpoint(path, encode_prompts(pipeline, edits) if part == "prompts" else encode_latents(pipeline, edits))
+            save_checkpoint(
+                path, encode_prompts(pipeline, edits) if part == "prompts" else encode_latents(pipeline, edits)
+            )
             log.write(part=part, chunk=index, edits=len(edits))
 
 
@@ -68,15 +71,15 @@ def sources_of(edits: list[Edit]) -> tuple[list[Scene], torch.Tensor]:
 def encode_prompts(pipeline: QwenImageEditPlusPipeline, edits: list[Edit]) -> dict[str, torch.Tensor]:
     """Embeddings (N, 22, 128) float16 with lengths (N,), and those of the empty prompt for each source scene."""
     scenes, _ = sources_of(edits)
-    pictures = {
-        scene: pipeline.image_processor.resize(draw(scene), CONDITION_SIDE, CONDITION_SIDE) for scene in scenes
-    }
+    pictures = {scene: pipeline.image_processor.resize(draw(scene), CONDITION_SIDE, CONDITION_SIDE) for scene in scenes}
     embeds, lengths = _encode(pipeline, [(edit.instruction, pictures[edit.source]) for edit in edits])
     empty, empty_lengths = _encode(pipeline, [(EMPTY_PROMPT, pictures[scene]) for scene in scenes])
     return {"embeds": embeds, "lengths": lengths, "empty": empty, "empty_lengths": empty_lengths}
 
 
-def _encode(pipeline: QwenImageEditPlusPipeline, prompts: list) -> tuple[torch.Tensor, torch.Tensor]:
+def _encode(
+    pipeline: QwenImageEditPlusPipeline, prompts: list[tuple[str, Image.Image]]
+) -> tuple[torch.Tensor, torch.Tensor]:
     embeds = torch.zeros(len(prompts), TEXT_LENGTH, 128, dtype=torch.float16)
     lengths = torch.zeros(len(prompts), dtype=torch.long)
     for row, (text, picture) in enumerate(prompts):
@@ -95,7 +98,7 @@ def encode_latents(pipeline: QwenImageEditPlusPipeline, edits: list[Edit]) -> di
     deviation = torch.tensor(config.latents_std).view(1, -1, 1, 1)
     plane = to_plane(copy.deepcopy(pipeline.vae))  # a copy: the pipeline itself stays stock
 
-    def encode(pictures: list) -> torch.Tensor:
+    def encode(pictures: list[Image.Image]) -> torch.Tensor:
         packed = []
         for start in range(0, len(pictures), 25):
             latents = encode_mean(plane, to_tensor(pictures[start : start + 25]))

@@ -6,6 +6,8 @@ compilers cannot fuse, and returns reference tokens that the loss never reads. A
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
@@ -22,11 +24,11 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
-def _heads(x: torch.Tensor, weights: list[nn.Module], norms: list[nn.Module], heads: int) -> list[torch.Tensor]:
+def _heads(x: torch.Tensor, weights: list[nn.Linear], norms: list[Any], heads: int) -> list[torch.Tensor]:
     """One fused projection to queries, keys, values, each (B, S, H, D), the first two root-mean-square normalised."""
     fused = torch.cat([linear.weight for linear in weights])
     bias = torch.cat([linear.bias for linear in weights])
-    parts = F.linear(x, fused, bias).unflatten(-1, (3, heads, -1)).unbind(dim=2)
+    parts = F.linear(x, fused, bias).view(*x.shape[:2], 3, heads, -1).unbind(dim=2)
     normed = []
     for part, norm in zip(parts[:2], norms, strict=True):
         wide = part.float()
@@ -81,8 +83,10 @@ def block_forward(
     return image, text
 
 
-def _mlp(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return mlp.net[2](F.gelu(mlp.net[0].proj(x), approximate="tanh"))
+def _mlp(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    hidden: torch.Tensor = F.gelu(mlp.net[0].proj(x), approximate="tanh")
+    output: torch.Tensor = mlp.net[2](hidden)
+    return output
 
 
 class TrainingForward:
@@ -121,4 +125,5 @@ class TrainingForward:
             image, text = self.block(
                 block, image, text, block.img_mod(pair), block.txt_mod(live), bias, self.cos, self.sin
             )
-        return model.proj_out(model.norm_out(image[:, :TOKENS], live)).float()
+        velocity: torch.Tensor = model.proj_out(model.norm_out(image[:, :TOKENS], live))
+        return velocity.float()

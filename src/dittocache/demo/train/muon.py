@@ -26,7 +26,8 @@ def orthogonalise(matrices: torch.Tensor, rounds: int = 5) -> torch.Tensor:
     for _ in range(rounds):
         gram = x @ x.mT  # (B, short, short)
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).float()
+    result: torch.Tensor = x.mT if tall else x
+    return result.float()
 
 
 class Muon:

@@ -32,7 +32,7 @@ def to_plane(vae: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
     """
     for parent, name, child in _children(vae):
         if isinstance(child, QwenImageCausalConv3d) and name != "time_conv":
-            _, _, height, width = child.kernel_size[0], child.in_channels, *child.kernel_size[1:]
+            _, height, width = child.kernel_size
             plane = PlaneConv(child.in_channels, child.out_channels, (height, width), padding=(height // 2, width // 2))
             if child.weight.abs().sum() > 0:
                 with torch.no_grad():
@@ -63,10 +63,11 @@ def from_plane(plane: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
 
 def encode_mean(plane: AutoencoderKLQwenImage, images: torch.Tensor) -> torch.Tensor:
     """Images (B, 3, 128, 128) in [-1, 1] to latent means (B, 16, 16, 16), not normalised."""
-    moments = plane.quant_conv(plane.encoder(images.unsqueeze(2)))
+    moments: torch.Tensor = plane.quant_conv(plane.encoder(images.unsqueeze(2)))
     return moments[:, :16, 0]
 
 
 def decode(plane: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
     """Latents (B, 16, 16, 16), not normalised, to images (B, 3, 128, 128), not clamped."""
-    return plane.decoder(plane.post_quant_conv(latents.unsqueeze(2)))[:, :, 0]
+    frames: torch.Tensor = plane.decoder(plane.post_quant_conv(latents.unsqueeze(2)))  # (B, 3, 1, 128, 128)
+    return frames[:, :, 0]

@@ -36,7 +36,7 @@ def polish_decoder(work_dir: Path, model_dir: Path, minutes: float, compiled: bo
     plane = to_plane(AutoencoderKLQwenImage.from_pretrained(model_dir / "vae", dtype=torch.float32))
     for module in plane.modules():
         if isinstance(module, torch.nn.Conv2d):
-            module.to(memory_format=torch.channels_last)
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     plane.encoder.requires_grad_(False)
     plane.quant_conv.requires_grad_(False)
     trained = [p for p in plane.parameters() if p.requires_grad]
@@ -60,7 +60,8 @@ def polish_decoder(work_dir: Path, model_dir: Path, minutes: float, compiled: bo
         with torch.autocast("cpu", torch.bfloat16):
             rebuilt = forward(latents + SIGMA * torch.randn_like(latents))
         difference = rebuilt.float() - images
-        (difference.abs().mean() + 4.0 * difference.square().mean()).backward()
+        loss = difference.abs().mean() + 4.0 * difference.square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
         rate = budget.rate(warmup=0.05, hold=0.5)
         muon.step(MUON_RATE * rate)
         for group in adam.param_groups:

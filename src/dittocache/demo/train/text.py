@@ -81,7 +81,7 @@ def train_text(work_dir: Path, model_dir: Path, minutes: float, device: str = "c
         edits = training_edits(BATCH, seed=rng.randrange(2**31), edits_per_scene=1)
         edits[0] = new_edit(edits[0].source) if step % 2 else edits[0]
         loss, accuracy = answer_loss(encoder, processor, edits, device)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         rate = budget.rate()
         nn.utils.clip_grad_norm_(rest, 1.0)
         muon.step(MUON_RATE * rate)
@@ -121,9 +121,7 @@ def answer_loss(
 
 
 @torch.no_grad()
-def probe(
-    encoder: Qwen2_5_VLForConditionalGeneration, processor: StillImageProcessor, device: str
-) -> dict[str, float]:
+def probe(encoder: Qwen2_5_VLForConditionalGeneration, processor: StillImageProcessor, device: str) -> dict[str, float]:
     """Accuracy of linear probes for colour and shape words on mean-pooled last hidden states.
 
     Ridge regression to one-hot words on 640 recolour prompts, tested on 320 others of other scenes.

@@ -34,7 +34,7 @@ def prompt_templates() -> dict[str, tuple[str, int]]:
     for name, pipeline in (("edit_plus", QwenImageEditPlusPipeline), ("text_to_image", QwenImagePipeline)):
         # The template is an instance attribute set in __init__; nothing else of the pipeline is needed for it.
         bare = pipeline.__new__(pipeline)
-        bare.register_modules = lambda **_: None  # type: ignore[method-assign]
+        bare.register_modules = lambda **_: None
         pipeline.__init__(bare, *[None] * (6 if name == "edit_plus" else 5))
         found[name] = (bare.prompt_template_encode, bare.prompt_template_encode_start_idx)
     return found

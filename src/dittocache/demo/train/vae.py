@@ -47,7 +47,7 @@ def train_vae(work_dir: Path, model_dir: Path, minutes: float, device: str = "cp
     plane = to_plane(build_vae()).to(device)
     for module in plane.modules():
         if isinstance(module, nn.Conv2d):
-            module.to(memory_format=torch.channels_last)
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     trained = [p for p in plane.parameters() if p.requires_grad]
     kernels = [p for p in trained if p.ndim == 4 and min(p.shape[0], p.shape[1]) >= 16]
     kernel_ids = {id(p) for p in kernels}
@@ -81,7 +81,7 @@ def train_vae(work_dir: Path, model_dir: Path, minutes: float, device: str = "cp
         difference = rebuilt.float() - images
         loss = difference.abs().mean() + 4.0 * difference.square().mean()
         loss = loss + PENALTY * latents.float().square().mean()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         rate = budget.rate()
         nn.utils.clip_grad_norm_([p for p in trained if id(p) not in kernel_ids], 1.0)
         muon.step(MUON_RATE * rate)
@@ -123,6 +123,6 @@ def finish_vae(plane: AutoencoderKLQwenImage, model_dir: Path, log: Log) -> None
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist())
     # The pipelines take the posterior's mode; its width is stated all the same, as it was in training.
     vae.quant_conv.weight[16:] = 0.0
-    vae.quant_conv.bias[16:] = 2 * math.log(SIGMA)  # type: ignore[index]
+    vae.quant_conv.bias[16:] = 2 * math.log(SIGMA)
     save_module(vae, model_dir / "vae")
     log.write(psnr=round(reconstruction_psnr(plane, stream.batch(64)), 2), latents_std=deviation.tolist())
