@@ -1,0 +1,79 @@
+"""From everything that determines a tensor to its key.
+
+A recipe is a JSON object; its key is the blake3 digest (128 bits) of its canonical form: keys sorted, no spaces, ASCII.
+Change anything in the recipe and the key changes; nothing else changes it. Fields:
+
+    schema      version of this page
+    artifact    `image_latents`, `prompt_embeds`, ...
+    family      name of the model family
+    encoder     who computes it (`encoder_identity`); null for plain facts such as `img_shapes`
+    inputs      [{role, content}] in order: digests of files' contents, or of a text's UTF-8 bytes
+    transform   resolved settings of the way from file to encoder
+    libraries   major.minor of the libraries whose code takes part
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from blake3 import blake3
+
+from dittocache.data.digests import DIGEST_BYTES, Digests, text_digest
+from dittocache.errors import DataError
+from dittocache.families.base import Artifact, ArtifactInput
+
+SCHEMA = 1
+
+Recipe = dict[str, Any]
+
+
+def artifact_recipe(
+    artifact: Artifact, family_name: str, identity: Mapping[str, Any] | None, digests: Digests
+) -> Recipe:
+    """The recipe of one artifact of one sample.
+
+    Args:
+        identity: of the artifact's encoder, by `encoder_identity`; None where no encoder takes part.
+        digests: gives the digests of input files.
+
+    Raises DataError when an input file cannot be read.
+    """
+    return {
+        "schema": SCHEMA,
+        "artifact": artifact.name,
+        "family": family_name,
+        "encoder": None if identity is None else dict(identity),
+        "inputs": [{"role": one.role, "content": _content(one, digests)} for one in artifact.inputs],
+        "transform": dict(artifact.transform),
+        "libraries": _libraries(identity),
+    }
+
+
+def recipe_key(recipe: Mapping[str, Any]) -> str:
+    """The recipe's key: 32 hex digits. Raises TypeError or ValueError for values that JSON cannot hold exactly."""
+    return str(blake3(canonical_json(recipe).encode()).hexdigest(length=DIGEST_BYTES))
+
+
+def canonical_json(value: Any) -> str:
+    """One text for one value, whatever the order in which its objects were built."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def _content(one: ArtifactInput, digests: Digests) -> str:
+    if (one.file is None) == (one.text is None):
+        raise DataError(f"input {one.role!r} of an artifact must have either a file or a text")
+    if one.file is not None:
+        return f"file:{digests.digest(one.file)}"
+    return f"text:{text_digest(one.text or '')}"
+
+
+def _libraries(identity: Mapping[str, Any] | None) -> dict[str, str]:
+    """diffusers computes sizes and latents; transformers takes part where one of its classes does."""
+    libraries = {"diffusers"}
+    if identity is not None:
+        parts = [identity, *identity["beside"].values()]
+        libraries |= {part["class"][0] for part in parts} & {"transformers"}
+    return {name: ".".join(version(name).split(".")[:2]) for name in sorted(libraries)}
