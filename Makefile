@@ -1,0 +1,52 @@
+# Everything a developer does, as one word each. `make help` lists them.
+# The first target that needs it creates .venv from constraints.txt; later ones install nothing.
+
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+TEST_ARGS ?=
+
+# Nothing reaches the network once the environment stands.
+OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(INSTALLED)  ## create .venv and install dittocache with its development tools
+
+# torch goes first and alone: the pinned build is settled before anything else can ask for another one.
+# hatchling goes before the project, so that building it needs no second, hidden download.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or later is needed; $(PYTHON) is older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt torch
+	$(PIP) install --quiet -c constraints.txt hatchling
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## cache, train and generate with the bundled model; ends with the report's path
+	$(OFFLINE) $(BIN)/dittocache demo
+
+test: $(INSTALLED)  ## run all tests, without network
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS)
+
+lint: $(INSTALLED)  ## style, formatting, strict types and layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(INSTALLED)  ## run the CPU benchmarks; tables go to benchmarks/results
+	@set -e; for script in benchmarks/*.py; do \
+		echo "== $$script"; $(OFFLINE) $(BIN)/python $$script; done
+
+clean:  ## remove build products, tool caches and the demo's run; .venv stays
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache runs/demo
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
