@@ -129,7 +129,7 @@ def sample_report() -> Report:
             cpu="Example CPU 7000 @ 2.6 GHz",
             cores=2,
             memory_bytes=8 * 2**30,
-            system="Linux 6.1",
+            system="Linux x86_64",
             versions=(("python", "3.11.9"), ("torch", "2.13.0"), ("diffusers", "0.42.1"), ("transformers", "5.23.0")),
         ),
         samples=SamplesSection(

@@ -24,7 +24,7 @@ def describe_machine(packages: Sequence[str] = PACKAGES, cpuinfo: Path = Path("/
         cpu=cpu_model(cpuinfo),
         cores=usable_cores(),
         memory_bytes=memory_bytes(),
-        system=f"{platform.system()} {platform.release()}",
+        system=f"{platform.system()} {platform.machine()}",
         accelerators=accelerators(),
         versions=versions(packages),
     )
