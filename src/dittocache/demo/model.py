@@ -14,7 +14,7 @@ from diffusers import (
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from dittocache.demo.processor import StillImageProcessor
+from dittocache.families.qwen_processor import StillImageProcessor
 
 ASSETS = Path(__file__).parent / "assets"
 MODEL_DIR = ASSETS / "model"

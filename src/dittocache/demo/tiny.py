@@ -12,6 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    QwenImageEditPlusPipeline,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
 from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import (
@@ -99,8 +109,6 @@ def _enliven(module: nn.Module) -> None:
 
 
 def _qwen_vae() -> Any:
-    from diffusers import AutoencoderKLQwenImage
-
     return AutoencoderKLQwenImage(
         base_dim=4,
         z_dim=16,
@@ -114,8 +122,6 @@ def _qwen_vae() -> Any:
 
 
 def _qwen_transformer(zero_cond_t: bool) -> Any:
-    from diffusers import QwenImageTransformer2DModel
-
     return QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=64,
@@ -129,14 +135,14 @@ def _qwen_transformer(zero_cond_t: bool) -> Any:
     )
 
 
-def _qwen_tokenizer(templates: list[str]) -> Qwen2Tokenizer:
+def _qwen_tokenizer(templates: list[str]) -> Any:
     vocabulary = {symbol: index for index, symbol in enumerate(ALPHABET)}
-    letters = Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token=None, pad_token="<|endoftext|>")
+    letters = Qwen2Tokenizer(vocab=vocabulary, merges=[], pad_token="<|endoftext|>")
     # Merges learnt on the prompt templates keep token counts near those of the real tokenizer.
     return letters.train_new_from_iterator(templates, 640, new_special_tokens=SPECIAL_TOKENS, show_progress=False)
 
 
-def _qwen_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+def _qwen_text_encoder(tokenizer: Any) -> Any:
     ids = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         text_config={
@@ -170,18 +176,14 @@ def _qwen_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGen
         vision_end_token_id=ids("<|vision_end|>"),
         tie_word_embeddings=True,
     )
-    return Qwen2_5_VLForConditionalGeneration(config).to(torch.float32)
+    return Qwen2_5_VLForConditionalGeneration(config)
 
 
 def _scheduler() -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
     return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02)
 
 
 def _qwen_edit_plus(zero_cond_t: bool) -> Any:
-    from diffusers import QwenImageEditPlusPipeline
-
     template = QwenImageEditPlusPipeline(*[None] * 6).prompt_template_encode
     tokenizer = _qwen_tokenizer([template, "Picture 1: Picture 2: make the circle red"])
     image_processor = Qwen2VLImageProcessorPil(
@@ -198,8 +200,6 @@ def _qwen_edit_plus(zero_cond_t: bool) -> Any:
 
 
 def _qwen_text_to_image(zero_cond_t: bool) -> Any:
-    from diffusers import QwenImagePipeline
-
     template = QwenImagePipeline(*[None] * 5).prompt_template_encode
     tokenizer = _qwen_tokenizer([template, "a red circle on a blue ground"])
     return QwenImagePipeline(
@@ -212,8 +212,6 @@ def _qwen_text_to_image(zero_cond_t: bool) -> Any:
 
 
 def _flux(guidance: bool) -> Any:
-    from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
-
     word_ends = {f"{symbol}</w>": len(ALPHABET) + index for index, symbol in enumerate(ALPHABET)}
     clip_vocabulary = {symbol: index for index, symbol in enumerate(ALPHABET)} | word_ends
     clip_vocabulary |= {"<|startoftext|>": 512, "<|endoftext|>": 513}

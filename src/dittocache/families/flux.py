@@ -40,7 +40,7 @@ class Flux:
         "text_encoder_2": ("tokenizer_2",),
     }
     size_multiple = PACKED_PIXELS
-    lora_targets = (
+    lora_targets: tuple[str, ...] = (
         "to_q",
         "to_k",
         "to_v",
@@ -115,7 +115,7 @@ class Flux:
         [[(_, height, width)], *_] = picture_shapes(batch)
         noisy, target = interpolate(stack(batch, "image_latents", noise), noise, sigmas)
         prompt_embeds = stack(batch, "prompt_embeds", noise)  # (B, 512, D)
-        img_ids = FluxPipeline._prepare_latent_image_ids(len(batch), height, width, noise.device, noise.dtype)
+        img_ids = FluxPipeline._prepare_latent_image_ids(len(batch), height, width, noise.device, noise.dtype)  # (N, 3)
         guidance = torch.full((len(batch),), TRAINING_GUIDANCE, device=noise.device) if self.guidance else None
         return TrainingInputs(
             transformer_kwargs={

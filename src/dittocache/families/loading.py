@@ -11,6 +11,13 @@ import torch
 from dittocache.errors import ModelError
 
 
+def diffusers_class(name: str) -> Any:
+    """A class of diffusers by its name."""
+    import diffusers
+
+    return getattr(diffusers, name)
+
+
 def model_index(model: str | Path) -> dict[str, Any]:
     """The checkpoint's `model_index.json`; raises ModelError when `model` (a folder or hub id) has none."""
     from diffusers import DiffusionPipeline
@@ -49,8 +56,6 @@ def load_components(
 
     Raises ModelError when the checkpoint is missing, of another pipeline, or lacks one of the components.
     """
-    import diffusers
-
     index = model_index(model)
     found = index.get("_class_name")
     if found != pipeline_class_name:
@@ -63,7 +68,7 @@ def load_components(
         raise ModelError(f"{str(model)!r} has no component {', '.join(absent)}; it lists {', '.join(listed)}")
     wanted_builders = {name: build for name, build in (builders or {}).items() if name in components}
     omitted = {name: None for name in listed if name not in components or name in wanted_builders}
-    pipeline_class = getattr(diffusers, pipeline_class_name)
+    pipeline_class = diffusers_class(pipeline_class_name)
     try:
         pipe = pipeline_class.from_pretrained(str(model), dtype=dtype, **omitted)
         for name, build in wanted_builders.items():

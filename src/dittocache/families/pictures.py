@@ -15,11 +15,12 @@ READING: Mapping[str, str] = {"mode": "RGB", "exif": "transposed"}
 
 def open_picture(path: Path) -> Image.Image:
     """The picture turned upright and as RGB, by `diffusers.utils.load_image`; raises DataError naming the file."""
-    from diffusers.utils import load_image
+    from diffusers.utils.loading_utils import load_image
 
     try:
         with Image.open(path) as picture:
-            return load_image(picture)
+            upright: Image.Image = load_image(picture)
+            return upright
     except FileNotFoundError as error:
         raise DataError(f"picture {path} does not exist; the data set names it") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -8,12 +8,13 @@ from PIL import Image
 from transformers import BatchFeature, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import is_torchvision_available
+from transformers.utils.import_utils import is_torchvision_available
 
 IMAGE_TOKEN = "<|image_pad|>"
 
 
-class StillImageProcessor(ProcessorMixin):  # diffusers accepts no other type as `processor=`
+# diffusers accepts no other base class for `processor=`.
+class StillImageProcessor(ProcessorMixin):  # type: ignore[misc]
     """Tokenize text with image placeholders as `Qwen2VLProcessor` does, for still images only.
 
     The stock class imports torchvision for its video part even where no video is given. This one gives the same
@@ -62,7 +63,7 @@ class StillImageProcessor(ProcessorMixin):  # diffusers accepts no other type as
             {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], **features}
         )
 
-    def save_pretrained(self, save_directory: str, **_: Any) -> None:
+    def save_pretrained(self, save_directory: str, push_to_hub: bool = False, **_: Any) -> None:
         """Write the files that the stock `Qwen2VLProcessor.from_pretrained` reads."""
         self.image_processor.save_pretrained(save_directory)
         self.tokenizer.save_pretrained(save_directory)

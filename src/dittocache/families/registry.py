@@ -52,7 +52,8 @@ def family_of_model(model: str | Path) -> Family:
         return matching[0]
     from diffusers import FluxTransformer2DModel
 
-    guided = bool(FluxTransformer2DModel.load_config(str(model), subfolder="transformer")["guidance_embeds"])
+    config = FluxTransformer2DModel.load_config(str(model), subfolder="transformer")
+    guided = bool(config["guidance_embeds"])
     return get_family("flux" if guided else "flux-schnell")
 
 

@@ -12,6 +12,7 @@ import torch
 
 from dittocache.errors import ModelError
 from dittocache.families.base import Family
+from dittocache.families.loading import diffusers_class
 from dittocache.training.config import TrainConfig
 
 ADAPTER_NAME = "default"
@@ -55,7 +56,6 @@ def save_lora(transformer: Any, family: Family, folder: Path, metadata: Mapping[
     `metadata` (JSON values: the settings of the run) stands in the file's header under `dittocache`, beside PEFT's
     configuration. The file appears whole or not at all.
     """
-    import diffusers
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -76,7 +76,7 @@ def save_lora(transformer: Any, family: Family, folder: Path, metadata: Mapping[
 
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{WEIGHT_NAME}.{os.getpid()}"
-    getattr(diffusers, family.pipeline_class_name).save_lora_weights(
+    diffusers_class(family.pipeline_class_name).save_lora_weights(
         folder,
         transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=ADAPTER_NAME),
         weight_name=temporary.name,
@@ -115,9 +115,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _transformer_name(family: Family) -> str:
-    import diffusers
-
-    name: str = getattr(diffusers, family.pipeline_class_name).transformer_name
+    name: str = diffusers_class(family.pipeline_class_name).transformer_name
     return name
 
 

@@ -12,13 +12,13 @@ from torch.nn import functional as F
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from dittocache.demo.edits import NEW_KIND, Edit, new_edit, training_edits
-from dittocache.demo.processor import StillImageProcessor
 from dittocache.demo.scenes import COLOURS, SHAPES, TEXTURES, draw
 from dittocache.demo.train.assemble import save_frame, save_module
 from dittocache.demo.train.configs import build_image_processor, build_text_encoder
 from dittocache.demo.train.muon import Muon
 from dittocache.demo.train.run import Budget, Log, load_checkpoint, save_checkpoint
 from dittocache.demo.train.tokenizer import prompt_templates
+from dittocache.families.qwen_processor import StillImageProcessor
 
 BATCH = 32
 CONDITION_SIDE = 64  # pixels; the pipelines shrink the picture to this for the text encoder
