@@ -24,7 +24,7 @@ def test_edit_plus_is_complete(all_cases: Any) -> None:
 @pytest.mark.capability("step_cache")
 def test_the_transformer_is_known_by_its_class(family: Family, pipe: Any) -> None:
     adapter = adapter_of(pipe.transformer)
-    assert adapter is family.transformer
+    assert type(adapter) is type(family.transformer)
     assert adapter.class_name == type(pipe.transformer).__name__
 
 

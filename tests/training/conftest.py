@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from dittocache.data.sample import Sample
@@ -21,17 +22,19 @@ SIZES = Sizes(resolution=64, condition_resolution=32)
 
 
 class MemoryReader:
-    """Stands for the embedding cache's reader: artifacts in a dict, and what is absent is missing."""
+    """Stands for the embedding cache's reader: artifacts in a dict; a sample whose tensors are gone is missing."""
 
     def __init__(self, tensors: dict[str, Tensors]) -> None:
+        self.names = list(tensors)
         self.tensors = tensors
-        self.reads: list[str] = []
 
     def load(self, name: str) -> Tensors:
-        self.reads.append(name)
         if name not in self.tensors:
             raise RecordMissingError(f"{name} is not cached")
         return self.tensors[name]
+
+    def artifact(self, name: str, artifact: str) -> torch.Tensor:
+        return self.load(name)[artifact]
 
     def prefetch(self, batches: Iterable[Sequence[str]], threads: int = 2) -> Iterator[list[Tensors]]:
         for names in batches:

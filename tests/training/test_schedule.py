@@ -50,6 +50,12 @@ def test_epochs_differ_in_order() -> None:
     assert batches[:12] != batches[12:]
 
 
+def test_buckets_take_turns_within_an_epoch() -> None:
+    buckets = {str(index): index // 20 for index in range(40)}
+    order = [buckets[name] for [name] in batches_from(buckets, 1, 0, 0, 40)]
+    assert 5 < sum(order[:20]) < 15
+
+
 def test_no_samples_is_an_error() -> None:
     with pytest.raises(DataError, match="no samples"):
         list(batches_from({}, 1, 0, 0, 1))

@@ -80,6 +80,25 @@ def test_a_source_reads_ahead_and_still_falls_back(live: LiveSource, reader: Any
         _assert_same(batch, live.load(names))
 
 
+def test_a_sample_that_the_manifest_does_not_have_is_encoded_live(live: LiveSource, reader: Any) -> None:
+    reader.names = ["s0", "s1", "s2"]
+    cached = CachedSource(reader)
+    reader.load = _not_asked_for("s3", reader.load)
+    mixed = MixedSource(cached, lambda: live, lambda _: None)
+    for names, batch in zip(BATCHES, mixed.stream(BATCHES), strict=True):
+        _assert_same(batch, live.load(names))
+    assert mixed.bucket("s3") == live.bucket("s3")
+    assert mixed.encoded_live == {"s3"}
+
+
+def _not_asked_for(unknown: str, load: Any) -> Any:
+    def checked(name: str) -> Tensors:
+        assert name != unknown, "a reader raises DataError for a sample that it does not know"
+        return load(name)
+
+    return checked
+
+
 def test_other_errors_are_not_taken_for_a_miss(live: LiveSource, reader: Any) -> None:
     reader.load = lambda name: (_ for _ in ()).throw(OSError("disk on fire"))
     mixed = MixedSource(CachedSource(reader), lambda: live, lambda _: None)

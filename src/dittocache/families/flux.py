@@ -6,6 +6,7 @@ Text passes the pipeline's own CLIP and T5 methods one encoder at a time, so tha
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,7 +29,6 @@ class Flux:
     """Encoding side of FLUX.1.
 
     Args:
-        transformer: the transformer side.
         name: `flux` or `flux-schnell`.
         guidance: True for a guidance-distilled checkpoint (`guidance_embeds` in the transformer's config).
     """
@@ -55,10 +55,16 @@ class Flux:
         "ff_context.net.2",
     )
 
-    def __init__(self, transformer: TransformerAdapter, name: str = "flux", guidance: bool = True) -> None:
-        self.transformer = transformer
+    def __init__(self, name: str = "flux", guidance: bool = True) -> None:
         self.name = name
         self.guidance = guidance
+
+    @cached_property
+    def transformer(self) -> TransformerAdapter:
+        """The transformer side, which encoding never needs."""
+        from dittocache.families.flux_transformer import FluxTransformerAdapter
+
+        return FluxTransformerAdapter()
 
     def artifacts(self, sample: Sample, sizes: Sizes) -> Sequence[Artifact]:
         """The six artifacts of a sample; raises DataError where it has control pictures or a loss mask."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -50,8 +50,12 @@ class QwenImageEditPlus:
         "txt_mlp.net.2",
     )
 
-    def __init__(self, transformer: TransformerAdapter) -> None:
-        self.transformer = transformer
+    @cached_property
+    def transformer(self) -> TransformerAdapter:
+        """The transformer side, which encoding never needs."""
+        from dittocache.families.qwen_image_transformer import QwenImageTransformerAdapter
+
+        return QwenImageTransformerAdapter()
 
     def artifacts(self, sample: Sample, sizes: Sizes) -> Sequence[Artifact]:
         """The seven artifacts of a sample; raises DataError where it has no control picture, or has a loss mask."""

@@ -12,20 +12,10 @@ from torch import nn
 from dittocache.errors import ModelError
 from dittocache.families.base import Family, TransformerAdapter
 from dittocache.families.flux import Flux
-from dittocache.families.flux_transformer import FluxTransformerAdapter
 from dittocache.families.loading import model_index
 from dittocache.families.qwen_image_edit_plus import QwenImageEditPlus
-from dittocache.families.qwen_image_transformer import QwenImageTransformerAdapter
 
-_QWEN_IMAGE_TRANSFORMER: TransformerAdapter = QwenImageTransformerAdapter()
-_FLUX_TRANSFORMER: TransformerAdapter = FluxTransformerAdapter()
-_ADAPTERS = (_QWEN_IMAGE_TRANSFORMER, _FLUX_TRANSFORMER)
-
-_families: tuple[Family, ...] = (
-    QwenImageEditPlus(_QWEN_IMAGE_TRANSFORMER),
-    Flux(_FLUX_TRANSFORMER),
-    Flux(_FLUX_TRANSFORMER, name="flux-schnell", guidance=False),
-)
+_families: tuple[Family, ...] = (QwenImageEditPlus(), Flux(), Flux(name="flux-schnell", guidance=False))
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for family in _families})
 
 
@@ -60,8 +50,9 @@ def family_of_model(model: str | Path) -> Family:
 def adapter_of(module: nn.Module) -> TransformerAdapter:
     """The transformer side for a denoiser, by its class or a base class; raises ModelError for an unknown one."""
     names = [base.__name__ for base in type(module).__mro__]
-    for adapter in _ADAPTERS:
-        if adapter.class_name in names:
-            return adapter
-    supported = ", ".join(adapter.class_name for adapter in _ADAPTERS)
+    adapters = {family.transformer.class_name: family.transformer for family in FAMILIES.values()}
+    for name in names:
+        if name in adapters:
+            return adapters[name]
+    supported = ", ".join(adapters)
     raise ModelError(f"no family knows the transformer {type(module).__name__}; supported are {supported}")

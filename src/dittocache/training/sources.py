@@ -34,8 +34,17 @@ class Source(Protocol):
 class Reader(Protocol):
     """What a source needs of the embedding cache: `embeddings.reader.CachedSamples`."""
 
+    @property
+    def names(self) -> Sequence[str]:
+        """The samples that the cache knows."""
+        ...
+
     def load(self, name: str) -> Tensors:
         """All artifacts of a sample; raises RecordMissingError or RecordCorruptError."""
+        ...
+
+    def artifact(self, name: str, artifact: str) -> torch.Tensor:
+        """One artifact of a sample; raises as `load` does."""
         ...
 
     def prefetch(self, batches: Iterable[Sequence[str]], threads: int = 2) -> Iterator[list[Tensors]]:
@@ -44,23 +53,34 @@ class Reader(Protocol):
 
 
 class CachedSource:
-    """Reads every sample from the embedding cache: neither VAE nor text encoder is in memory."""
+    """Reads every sample from the embedding cache: neither VAE nor text encoder is in memory.
+
+    Raises RecordMissingError for a sample that is not cached, RecordCorruptError for a damaged record.
+    """
 
     def __init__(self, reader: Reader, threads: int = 2) -> None:
         self._reader = reader
         self._threads = threads
+        self._known = frozenset(reader.names)
 
     def load(self, names: Sequence[str]) -> list[Tensors]:
-        """Read each sample; raises RecordMissingError where one is not cached."""
-        return [self._reader.load(name) for name in names]
+        """Read each sample."""
+        return [self._reader.load(name) for name in self._checked(names)]
 
     def stream(self, batches: Iterable[Sequence[str]]) -> Iterator[list[Tensors]]:
         """Read batches ahead in threads."""
-        yield from self._reader.prefetch(batches, threads=self._threads)
+        yield from self._reader.prefetch((self._checked(names) for names in batches), threads=self._threads)
 
     def bucket(self, name: str) -> Bucket:
         """`img_shapes` as stored."""
-        return _rows(self._reader.load(name)["img_shapes"])
+        self._checked([name])
+        return _rows(self._reader.artifact(name, "img_shapes"))
+
+    def _checked(self, names: Sequence[str]) -> Sequence[str]:
+        for name in names:
+            if name not in self._known:
+                raise RecordMissingError(f"the manifest has no sample {name!r}; cache the data set again")
+        return names
 
 
 class LiveSource:
