@@ -81,7 +81,7 @@ def pack(key: str, tensor: torch.Tensor, recipe: Mapping[str, Any]) -> bytes:
     name = str(recipe["artifact"])
     checksum = _checksum(name, _DTYPE_NAMES[stored.dtype], tuple(stored.shape), _bytes_of(stored))
     metadata = {"format": FORMAT, "key": key, "checksum": checksum, "recipe": canonical_json(recipe)}
-    return save({name: stored}, metadata)
+    return bytes(save({name: stored}, metadata))
 
 
 def header_length(start: bytes | memoryview) -> int:
@@ -147,7 +147,7 @@ def _checksum(name: str, dtype: str, shape: tuple[int, ...], content: memoryview
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _natural(value: Any) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from dittocache.embeddings import writer_id
+from dittocache.embeddings.durable import TEMPORARY_PATTERN, replace_file, sync_folder, writer_of
 from dittocache.embeddings.recipe import Recipe
 from dittocache.embeddings.record import LENGTH_BYTES, Header, header_length, pack, parse_header, unpack
 from dittocache.errors import CacheError, RecordCorruptError, RecordMissingError, StoreUnavailableError
@@ -64,16 +64,9 @@ class Store:
         if present:
             return present[key]
         path = self._path(key)
-        temporary = path.with_name(f".{key}.{writer_id.current()}.{secrets.token_hex(4)}.tmp")
         with self._unavailable(f"record {key} cannot be written to {path.parent}"):
             self._make_folder(path.parent)
-            try:
-                _write_durably(temporary, content)
-                os.replace(temporary, path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-            _sync_folder(path.parent)
+            replace_file(path, content)
         return len(content)
 
     def read(self, key: str) -> torch.Tensor:
@@ -136,12 +129,12 @@ class Store:
         """
         removed = 0
         with self._unavailable(f"the store {self.root} cannot be swept"):
-            for temporary in self._objects.glob("??/.*.tmp"):
+            for temporary in self._objects.glob(f"??/{TEMPORARY_PATTERN}"):
                 try:
                     too_old = time.time() - temporary.stat().st_mtime > STALE_SECONDS
                 except FileNotFoundError:
                     continue  # its writer finished meanwhile
-                if too_old or writer_id.is_dead(temporary.name.split(".")[2]):
+                if too_old or writer_id.is_dead(writer_of(temporary)):
                     temporary.unlink(missing_ok=True)
                     removed += 1
         return removed
@@ -205,13 +198,10 @@ class Store:
         if folder.is_dir():
             return
         folder.mkdir(parents=True, exist_ok=True)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
         layout = self.root / "layout.json"
         if not layout.exists():
-            temporary = self.root / f".layout.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-            _write_durably(temporary, json.dumps({"version": LAYOUT_VERSION}).encode())
-            os.replace(temporary, layout)
-            _sync_folder(self.root)
+            replace_file(layout, json.dumps({"version": LAYOUT_VERSION}).encode())
 
     @contextmanager
     def _unavailable(self, what: str) -> Iterator[None]:
@@ -223,30 +213,6 @@ class Store:
         except OSError as error:
             mend = _MEND.get(error.errno or 0, "look after the disk or network mount, or choose another cache_dir")
             raise StoreUnavailableError(f"{what} ({error.strerror or error}): {mend}") from error
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    """Write a new file and wait until its bytes are on the disk; its mode follows the umask."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        remaining = memoryview(content)
-        while remaining:
-            remaining = remaining[os.write(descriptor, remaining) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make names in the folder durable, where the file system offers that."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync names by themselves
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _read_into(descriptor: int, buffer: memoryview) -> int:
