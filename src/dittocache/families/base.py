@@ -89,7 +89,6 @@ class Family(Protocol):
             `{"vae": (), "text_encoder": ("tokenizer", "processor")}`.
         size_multiple: the sides of target pictures must be multiples of this many pixels.
         lora_targets: module names for `peft.LoraConfig(target_modules=...)`.
-        transformer: the transformer side.
     """
 
     name: str
@@ -97,7 +96,11 @@ class Family(Protocol):
     encoders: Mapping[str, tuple[str, ...]]
     size_multiple: int
     lora_targets: tuple[str, ...]
-    transformer: TransformerAdapter
+
+    @property
+    def transformer(self) -> TransformerAdapter:
+        """The transformer side."""
+        ...
 
     def artifacts(self, sample: Sample, sizes: Sizes) -> Sequence[Artifact]:
         """The artifacts of `sample`, each with its encoder and the inputs that determine it."""
