@@ -144,6 +144,15 @@ def test_a_sample_is_encoded_the_same_alone_and_in_company(
 
 
 @pytest.mark.capability("encoding")
+def test_empty_prompts_can_be_left_out(family: Family, pipe: Any, samples: list[Sample], sizes: Sizes) -> None:
+    for encoder in (*family.encoders, None):
+        [whole] = family.encode(pipe, encoder, samples[:1], sizes)
+        [part] = family.encode(pipe, encoder, samples[:1], sizes, empty_prompts=False)
+        assert set(part) == {name for name in whole if not name.startswith("empty_")}
+        assert all(torch.equal(whole[name], tensor) for name, tensor in part.items())
+
+
+@pytest.mark.capability("encoding")
 def test_each_encoder_works_alone_in_memory(
     family: Family, pipe: Any, case: Any, samples: list[Sample], checkpoint: Any, sizes: Sizes
 ) -> None:

@@ -115,13 +115,22 @@ class Family(Protocol):
         """
         ...
 
-    def encode(self, pipe: Any, encoder: str | None, samples: Sequence[Sample], sizes: Sizes) -> list[Tensors]:
+    def encode(
+        self,
+        pipe: Any,
+        encoder: str | None,
+        samples: Sequence[Sample],
+        sizes: Sizes,
+        *,
+        empty_prompts: bool = True,
+    ) -> list[Tensors]:
         """The artifacts that `encoder` computes for each sample, by the pipeline's own methods, without a batch axis.
 
         `image_latents` `(N, C)`, `control_latents` `(R, C)`, `prompt_embeds` `(T, D)`, `prompt_embeds_mask` `(T,)`
         bool, `empty_prompt_embeds*` alike, `img_shapes` `(1 + controls, 3)` int32: frames, height and width in packed
         latents.
-        `encoder=None` gives the artifacts that need no encoder.
+        `encoder=None` gives the artifacts that need no encoder. `empty_prompts=False` leaves out the empty ones, for
+        live training without caption dropout.
         """
         ...
 
@@ -196,7 +205,8 @@ class TokenLayout:
 class JointQKV:
     """Queries, keys and values of one attention call after norm and RoPE, each `(B, tokens, H, d)`.
 
-    `prefix` tokens (the text, where text and image attend jointly) stand first, then N noise, then R reference tokens.
+    Text tokens stand first, then N noise, then R reference tokens. `prefix` counts the text tokens that came as a
+    stream of their own and leave as one; 0 in single-stream blocks.
     """
 
     query: torch.Tensor
@@ -210,24 +220,62 @@ class TransformerAdapter(Protocol):
 
     Attributes:
         class_name: the diffusers transformer class, `QwenImageTransformer2DModel`.
+        pipeline_class_names: the diffusers pipelines that it is the denoiser of: the spec's `model_type`s.
+        attention_processor_class_names: the processors whose arithmetic `joint_qkv` and `project_attention` follow.
         polynomial: default TeaCache coefficients.
         signal_ignores_text: True where block 0's modulated input is the same for all CFG branches.
     """
 
     class_name: str
+    pipeline_class_names: tuple[str, ...]
+    attention_processor_class_names: tuple[str, ...]
     polynomial: Polynomial
     signal_ignores_text: bool
 
     def extract_context(self, module: nn.Module, **forward_kwargs: Any) -> CacheContext:
-        """Preprocess one forward pass and say what to compare, how to run the blocks and how to finish."""
+        """Preprocess one forward pass and say what to compare, how to run the blocks and how to finish.
+
+        What only the blocks need (text projection, RoPE, masks) is left to `run_transformer_blocks`, so that a
+        skipped step does not pay for it.
+        """
         ...
 
     def token_layout(self, module: nn.Module, forward_kwargs: Mapping[str, Any]) -> TokenLayout:
-        """Noise and reference tokens of this forward pass, without touching the device."""
+        """Noise and reference tokens of this forward pass; reads the device at most once a run."""
+        ...
+
+    def blocks(self, module: nn.Module) -> Sequence[nn.Module]:
+        """Every transformer block in the order of execution; the first takes the stack's input as `hidden_states`."""
+        ...
+
+    def final_norm(self, module: nn.Module) -> nn.Module:
+        """The module whose first positional input is the output of the block stack."""
+        ...
+
+    def noise_only(self, forward_kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
+        """The same forward pass without reference tokens; positions stay those of the full sequence."""
+        ...
+
+    def noise_only_block(self, block_kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
+        """Keyword arguments of one block with what the forward still made for all image tokens cut to the noise."""
         ...
 
     def attention_modules(self, module: nn.Module) -> Sequence[nn.Module]:
         """The attention module of every block, in order: what the reference KV cache gives a processor to."""
+        ...
+
+    def joint_qkv(
+        self,
+        attention: nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        image_rotary_emb: Any,
+    ) -> JointQKV:
+        """Project, normalise and rotate as the stock processor does, bit for bit."""
+        ...
+
+    def project_attention(self, attention: nn.Module, attended: torch.Tensor, prefix: int) -> Any:
+        """What the stock processor returns for attended tokens `(B, tokens, H * d)`."""
         ...
 
     def reference_is_exact(self, module: nn.Module) -> bool:

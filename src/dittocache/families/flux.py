@@ -5,7 +5,7 @@ Text passes the pipeline's own CLIP and T5 methods one encoder at a time, so tha
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -96,7 +96,15 @@ class Flux:
         return load_components(self.pipeline_class_name, model, components, dtype, device)
 
     @torch.no_grad()
-    def encode(self, pipe: Any, encoder: str | None, samples: Sequence[Sample], sizes: Sizes) -> list[Tensors]:
+    def encode(
+        self,
+        pipe: Any,
+        encoder: str | None,
+        samples: Sequence[Sample],
+        sizes: Sizes,
+        *,
+        empty_prompts: bool = True,
+    ) -> list[Tensors]:
         """The artifacts that `encoder` computes for each sample, on the encoder's device, one picture or prompt a time.
 
         Raises DataError naming a picture that cannot be read, ModelError for an unknown encoder.
@@ -106,9 +114,9 @@ class Flux:
         if encoder == "vae":
             return [{"image_latents": _packed_latents(pipe, sample)} for sample in samples]
         if encoder == "text_encoder":
-            return _encode_prompts(samples, "pooled_prompt_embeds", lambda prompt: _pooled(pipe, prompt))
+            return _encode_prompts(samples, "pooled_prompt_embeds", lambda prompt: _pooled(pipe, prompt), empty_prompts)
         if encoder == "text_encoder_2":
-            return _encode_prompts(samples, "prompt_embeds", lambda prompt: _sequence(pipe, prompt))
+            return _encode_prompts(samples, "prompt_embeds", lambda prompt: _sequence(pipe, prompt), empty_prompts)
         raise ModelError(f"{self.name} has no encoder {encoder!r}; expected {', '.join(self.encoders)} or None")
 
     def training_inputs(self, batch: Sequence[Tensors], noise: torch.Tensor, sigmas: torch.Tensor) -> TrainingInputs:
@@ -157,10 +165,14 @@ def _packed_latents(pipe: Any, sample: Sample) -> torch.Tensor:
     return packed[0]
 
 
-def _encode_prompts(samples: Sequence[Sample], name: str, encode: Any) -> list[Tensors]:
-    prompts = dict.fromkeys([EMPTY_PROMPT, *(sample.prompt for sample in samples)])
+def _encode_prompts(
+    samples: Sequence[Sample], name: str, encode: Callable[[str], torch.Tensor], empty_prompts: bool
+) -> list[Tensors]:
+    """`name` of every sample, and `empty_` and `name` beside it; every text is encoded once."""
+    prompts = {sample.prompt for sample in samples} | ({EMPTY_PROMPT} if empty_prompts else set())
     known = {prompt: encode(prompt) for prompt in prompts}
-    return [{name: known[sample.prompt], f"empty_{name}": known[EMPTY_PROMPT]} for sample in samples]
+    empty = {f"empty_{name}": known[EMPTY_PROMPT]} if empty_prompts else {}
+    return [{name: known[sample.prompt], **empty} for sample in samples]
 
 
 def _pooled(pipe: Any, prompt: str) -> torch.Tensor:

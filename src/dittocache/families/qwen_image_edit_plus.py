@@ -102,7 +102,15 @@ class QwenImageEditPlus:
         return load_components(self.pipeline_class_name, model, components, dtype, device, builders)
 
     @torch.no_grad()
-    def encode(self, pipe: Any, encoder: str | None, samples: Sequence[Sample], sizes: Sizes) -> list[Tensors]:
+    def encode(
+        self,
+        pipe: Any,
+        encoder: str | None,
+        samples: Sequence[Sample],
+        sizes: Sizes,
+        *,
+        empty_prompts: bool = True,
+    ) -> list[Tensors]:
         """The artifacts that `encoder` computes for each sample, on the encoder's device.
 
         Pictures and prompts pass the encoders one by one, as in the pipeline, which takes one prompt a call. A VAE
@@ -116,7 +124,7 @@ class QwenImageEditPlus:
         if encoder == "vae":
             return _encode_pictures(pipe, samples, sizes)
         if encoder == "text_encoder":
-            return _encode_prompts(pipe, samples, sizes)
+            return _encode_prompts(pipe, samples, sizes, empty_prompts)
         raise ModelError(f"{self.name} has no encoder {encoder!r}; expected {', '.join(self.encoders)} or None")
 
     def training_inputs(self, batch: Sequence[Tensors], noise: torch.Tensor, sigmas: torch.Tensor) -> TrainingInputs:
@@ -211,13 +219,14 @@ def _packed_latents(pipe: Any, pictures: Sequence[torch.Tensor]) -> torch.Tensor
     return packed
 
 
-def _encode_prompts(pipe: Any, samples: Sequence[Sample], sizes: Sizes) -> list[Tensors]:
+def _encode_prompts(pipe: Any, samples: Sequence[Sample], sizes: Sizes, empty_prompts: bool) -> list[Tensors]:
     known: dict[tuple[Any, str], tuple[torch.Tensor, torch.Tensor]] = {}
     tensors = []
     for sample in samples:
         pictures: list[Any] | None = None
         sample_tensors: Tensors = {}
-        for prefix, prompt in (("", sample.prompt), ("empty_", EMPTY_PROMPT)):
+        prompts = {"": sample.prompt} | ({"empty_": EMPTY_PROMPT} if empty_prompts else {})
+        for prefix, prompt in prompts.items():
             key = (sample.controls, prompt)
             if key not in known:
                 if pictures is None:

@@ -84,22 +84,29 @@ class CachedSource:
 
 
 class LiveSource:
-    """Encodes each sample whenever it is asked for, with the encoders of `pipe`: no cache, more memory and time."""
+    """Encodes each sample whenever it is asked for, with the encoders of `pipe`: no cache, more memory and time.
 
-    def __init__(self, pipe: Any, family: Family, samples: Iterable[Sample], sizes: Sizes) -> None:
+    Args:
+        empty_prompts: False where captions are never dropped: the empty prompts are then not encoded, as a trainer
+            without a cache would not, which matters when cached and live steps are timed against each other.
+    """
+
+    def __init__(
+        self, pipe: Any, family: Family, samples: Iterable[Sample], sizes: Sizes, *, empty_prompts: bool = True
+    ) -> None:
         self._pipe = pipe
         self._family = family
         self._samples = {sample.name: sample for sample in samples}
         self._sizes = sizes
+        self._empty_prompts = empty_prompts
 
     def load(self, names: Sequence[str]) -> list[Tensors]:
         """Encode each sample; raises DataError for an unknown name or a picture that cannot be read."""
         samples = [self._sample(name) for name in names]
         tensors: list[Tensors] = [{} for _ in samples]
         for encoder in (*self._family.encoders, None):
-            for merged, part in zip(
-                tensors, self._family.encode(self._pipe, encoder, samples, self._sizes), strict=True
-            ):
+            parts = self._family.encode(self._pipe, encoder, samples, self._sizes, empty_prompts=self._empty_prompts)
+            for merged, part in zip(tensors, parts, strict=True):
                 merged |= part
         return tensors
 
