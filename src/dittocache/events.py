@@ -92,11 +92,12 @@ class Progress:
         )
 
 
-def read_events(path: Path) -> Iterator[Event]:
-    """Yield the events written so far; a torn last line is left out."""
+def read_events(path: Path, offset: int = 0) -> Iterator[Event]:
+    """Yield the events written so far, from byte `offset` on; a torn last line is left out."""
     if not path.exists():
         return
     with path.open("rb") as stream:
+        stream.seek(offset)
         for line in stream:
             if not line.endswith(b"\n"):
                 return
@@ -106,9 +107,10 @@ def read_events(path: Path) -> Iterator[Event]:
                 continue  # a writer was killed in mid-line and another went on behind it
 
 
-def follow_events(path: Path, finished: Callable[[], bool], poll_seconds: float = 0.1) -> Iterator[Event]:
-    """Yield events as they are appended, until `finished()` is true and the stream is drained."""
-    offset = 0
+def follow_events(
+    path: Path, finished: Callable[[], bool], poll_seconds: float = 0.1, offset: int = 0
+) -> Iterator[Event]:
+    """Yield events as they are appended from byte `offset` on, until `finished()` is true and the stream is drained."""
     while True:
         last_round = finished()
         if path.exists():
