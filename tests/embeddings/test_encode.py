@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.embeddings.toy_family import Job, ToyFamily, picture
 
 from dittocache.embeddings.reader import CachedSamples
 from dittocache.embeddings.store import Store
 from dittocache.errors import CacheError, ModelError, RecordMissingError, StoreUnavailableError
 from dittocache.events import read_events
-from tests.embeddings.toy_family import Job, ToyFamily, picture
 
 
 def assert_all_cached(job: Job) -> None:

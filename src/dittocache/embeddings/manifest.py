@@ -57,7 +57,7 @@ class Manifest:
         }
         head = canonical_json({"version": MANIFEST_VERSION, "family": self.family, "fields": fields})
         parts = ",\n".join(numbers)
-        body = json.dumps({"samples": self.samples, "recipes": rows}, indent=0, separators=(",", ":"))
+        body = json.dumps({"samples": self.samples, "recipes": rows}, separators=(",", ":"))
         content = f'{head[:-1]},\n"parts":[{parts}],\n{body[1:]}\n'
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -54,7 +55,12 @@ def artifact_recipe(
 
 def recipe_key(recipe: Mapping[str, Any]) -> str:
     """The recipe's key: 32 hex digits. Raises TypeError or ValueError for values that JSON cannot hold exactly."""
-    return str(blake3(canonical_json(recipe).encode()).hexdigest(length=DIGEST_BYTES))
+    return canonical_key(canonical_json(recipe))
+
+
+def canonical_key(text: str) -> str:
+    """The key of a recipe that is in its canonical form already."""
+    return str(blake3(text.encode()).hexdigest(length=DIGEST_BYTES))
 
 
 def canonical_json(value: Any) -> str:
@@ -76,4 +82,10 @@ def _libraries(identity: Mapping[str, Any] | None) -> dict[str, str]:
     if identity is not None:
         parts = [identity, *identity["beside"].values()]
         libraries |= {part["class"][0] for part in parts} & {"transformers"}
-    return {name: ".".join(version(name).split(".")[:2]) for name in sorted(libraries)}
+    return {name: library_version(name) for name in sorted(libraries)}
+
+
+@cache
+def library_version(name: str) -> str:
+    """major.minor of an installed library: a patch release is trusted not to change what is computed."""
+    return ".".join(version(name).split(".")[:2])

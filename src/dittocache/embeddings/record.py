@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from xxhash import xxh3_64
 
-from dittocache.embeddings.recipe import Recipe, canonical_json, recipe_key
+from dittocache.embeddings.recipe import Recipe, canonical_json, canonical_key, recipe_key
 from dittocache.errors import CacheError, RecordCorruptError
 
 FORMAT = "dittocache-1"
@@ -59,13 +59,13 @@ class Header:
     def recipe(self) -> Recipe:
         """The recipe as an object; raises RecordCorruptError when it does not belong to the key."""
         try:
+            belongs = canonical_key(self.recipe_json) == self.key
             recipe = json.loads(self.recipe_json)
-            belongs = recipe_key(recipe) == self.key
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise RecordCorruptError(f"the recipe in the record's header cannot be read ({error})") from error
-        if not belongs:
+        if not belongs or not isinstance(recipe, dict):
             raise RecordCorruptError("the recipe in the record's header does not belong to its key")
-        return dict(recipe)
+        return recipe
 
 
 def pack(key: str, tensor: torch.Tensor, recipe: Mapping[str, Any]) -> bytes:
