@@ -3,7 +3,7 @@
 import pytest
 
 from dittocache.demo.edits import EXACT_KINDS, evaluation_edits
-from dittocache.demo.evaluate import carried_out, psnr, run_edits, summarise
+from dittocache.demo.evaluate import carried_out, psnr, rest_kept, run_edits, summarise
 from dittocache.demo.model import load_pipeline
 
 # Bounds for ten edits, two of each kind; the figures for all 64 are in the training log's evaluation.json.
@@ -29,4 +29,5 @@ def test_the_measure_tells_source_and_target_apart(report):
     for source, _, target in pictures:
         assert carried_out(target, source, target)
         assert not carried_out(source, source, target)
+        assert rest_kept(target, source, target)
         assert psnr(source, target) < psnr(target, target) == float("inf")

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from dittocache.demo.edits import (
     scene_held_out,
     training_edits,
 )
+from dittocache.demo.evaluate import carried_out, rest_kept
 from dittocache.demo.scenes import BORDER_WIDTH, COLOURS, SIZE, draw, random_scene
 
 
@@ -100,6 +102,17 @@ def test_remove_leaves_the_ground_where_the_shape_was():
     edit = make_edit(rng, "remove", random_scene(rng))
     (gone,) = set(edit.source.shapes) - set(edit.target.shapes)
     assert (pixels(draw(edit.target))[round(gone.y), round(gone.x)] == COLOURS[edit.source.ground]).all()
+
+
+def test_removing_both_shapes_is_carried_out_but_keeps_not_the_rest():
+    rng = random.Random(5)
+    source = next(scene for scene in (random_scene(rng) for _ in range(50)) if len(scene.shapes) == 2)
+    edit = make_edit(rng, "remove", source)
+    before, target = edit.images()
+    nothing_left = draw(replace(edit.source, shapes=()))
+    assert carried_out(nothing_left, before, target)
+    assert not rest_kept(nothing_left, before, target)
+    assert rest_kept(target, before, target)
 
 
 def test_an_unknown_kind_is_named():

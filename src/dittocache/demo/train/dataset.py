@@ -12,7 +12,9 @@ from dittocache.demo.train.encode import TEXT_LENGTH, chunk_path
 from dittocache.demo.train.run import batches
 
 EDITED_WEIGHT = 4.0  # loss weight of tokens whose clean latents differ between source and target
+SHAPE_WEIGHT = 3.0  # of other tokens that are not plain ground: which of two shapes is meant is the hardest part
 EDITED_THRESHOLD = 0.02  # mean squared difference of a token's 64 normalised values
+SHAPE_THRESHOLD = 0.35  # the same, from the picture's median token
 
 
 @dataclass
@@ -62,13 +64,15 @@ class Dataset:
         use_empty = torch.rand(len(index), generator=generator) < empty_share
         embeds = torch.where(use_empty[:, None, None], self.empty[origin], self.embeds[index]).float()
         lengths = torch.where(use_empty, self.empty_lengths[origin], self.lengths[index])
-        edited = (source - target).square().mean(dim=-1) > EDITED_THRESHOLD
+        edited = (source - target).square().mean(dim=-1) > EDITED_THRESHOLD  # (B, 64)
+        ground = source.median(dim=1, keepdim=True).values  # shapes cover less than half of the picture
+        shape = (source - ground).square().mean(dim=-1) > SHAPE_THRESHOLD
         return {
             "source": source,
             "target": target,
             "embeds": embeds,
             "mask": torch.arange(TEXT_LENGTH) < lengths[:, None],
-            "weights": torch.where(edited, EDITED_WEIGHT, 1.0),
+            "weights": torch.where(edited, EDITED_WEIGHT, torch.where(shape, SHAPE_WEIGHT, 1.0)),
         }
 
 
