@@ -94,9 +94,9 @@ class FluxTransformerAdapter:
 
         attn = cast(Any, attention)
 
-        def heads(projected: torch.Tensor, norm: nn.Module | None = None) -> torch.Tensor:
+        def heads(projected: Any, norm: nn.Module | None = None) -> Any:
             split = projected.unflatten(-1, (-1, attn.head_dim))  # (B, tokens, H, d)
-            return split if norm is None else cast(torch.Tensor, norm(split))
+            return split if norm is None else norm(split)
 
         query = heads(attn.to_q(hidden_states), attn.norm_q)
         key = heads(attn.to_k(hidden_states), attn.norm_k)

@@ -107,7 +107,7 @@ class QwenImageTransformerAdapter:
         attn = cast(Any, attention)
         width = attn.inner_dim // attn.heads
 
-        def heads(projected: torch.Tensor, norm: nn.Module | None, freqs: torch.Tensor | None) -> torch.Tensor:
+        def heads(projected: Any, norm: nn.Module | None, freqs: torch.Tensor | None) -> Any:
             split = projected.unflatten(-1, (-1, width))  # (B, tokens, H, d)
             split = split if norm is None else norm(split)
             return split if freqs is None else apply_rotary_emb_qwen(split, freqs, use_real=False)

@@ -11,4 +11,4 @@ class ReferenceKVConfig(Settings):
     """Keys and values of reference tokens are kept per block and reused in later steps."""
 
     refresh: int | None = Field(default=None, ge=1)
-    """Compute references anew every so many computed steps; None: only at the first step; 1: every step (stock output)."""
+    """References are computed anew every so many computed steps; None: only at the first; 1: every step, as stock."""

@@ -16,12 +16,15 @@ class TeaCacheConfig(Settings):
     model_config = ConfigDict(populate_by_name=True)
 
     rel_l1_thresh: float = Field(
-        default=0.2, ge=0, validation_alias=AliasChoices("rel_l1_thresh", "teacache_thresh")
+        default=0.2, ge=0, allow_inf_nan=False, validation_alias=AliasChoices("rel_l1_thresh", "teacache_thresh")
     )
     """Accumulated rescaled distance up to which the cached residual is reused; 0 computes every step."""
 
     coefficients: tuple[float, ...] | None = Field(default=None, min_length=1)
     """Rescaling polynomial, highest power first, of any degree; the family's default when left out."""
+
+    fitted_range: tuple[float, float] | None = None
+    """Distances (lowest, highest) that `coefficients` were fitted on; a step farther away is computed."""
 
     model_type: str | None = None
     """Pipeline class name (`QwenImageEditPlusPipeline`); found from the transformer when left out."""

@@ -1,0 +1,59 @@
+"""Keys and values of reference tokens: one slot a block, one set of slots a CFG branch, one run at a time."""
+
+from __future__ import annotations
+
+import torch
+
+
+class BranchKV:
+    """What one CFG branch keeps: K after norm and RoPE, and V, of the R reference tokens, `(B, R, H, d)` a block."""
+
+    def __init__(self, blocks: int) -> None:
+        self._slots: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * blocks
+        self.reused: int | None = None
+        """Computed steps since the slots were filled; None while they are not all filled."""
+        self.bytes_held = 0
+
+    def begin_filling(self) -> None:
+        """Empty the slots: until `filled()` they hold nothing that may be read."""
+        self._slots = [None] * len(self._slots)
+        self.reused = None
+        self.bytes_held = 0
+
+    def put(self, block: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Keep copies: a slice would keep the keys of all tokens alive."""
+        kept = key.detach().clone(), value.detach().clone()
+        self._slots[block] = kept
+        self.bytes_held += sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+    def filled(self) -> None:
+        """Every block has put its keys and values."""
+        self.reused = 0
+
+    def take(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one block; RuntimeError where the block never ran, which only a broken forward can do."""
+        slot = self._slots[block]
+        if slot is None:
+            raise RuntimeError(f"block {block} has no reference keys and values, although the step before was full")
+        return slot
+
+
+class RunKV:
+    """All branches of one run."""
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks = blocks
+        self._branches: dict[str, BranchKV] = {}
+
+    def branch(self, name: str) -> BranchKV:
+        """The branch of this name, empty at first."""
+        return self._branches.setdefault(name, BranchKV(self._blocks))
+
+    def clear(self) -> None:
+        """Free everything."""
+        self._branches = {}
+
+    @property
+    def bytes_held(self) -> int:
+        """Device memory of all branches."""
+        return sum(branch.bytes_held for branch in self._branches.values())

@@ -1,0 +1,145 @@
+"""A session: caches are on for a pipeline or a transformer within a `with`, and nothing is left of them after it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from diffusers.hooks.hooks import HookRegistry, ModelHook
+from torch import nn
+
+from dittocache.errors import ModelError, StepCacheError
+from dittocache.families.base import TransformerAdapter
+from dittocache.families.denoiser import find_denoiser, installed_hook, remove_hook
+from dittocache.families.registry import adapter_of
+from dittocache.families.run_clock import BranchListener, DenoisingCall, RunClock, bind_forward
+from dittocache.referencekv.config import ReferenceKVConfig
+from dittocache.referencekv.hook import HOOK_NAME as REFERENCE_KV_HOOK
+from dittocache.referencekv.hook import ReferenceKVHook, apply_reference_kv, remove_reference_kv
+from dittocache.sampling.trace import StepRecord, Trace
+from dittocache.teacache.adapter import TeaCacheAdapter
+from dittocache.teacache.config import TeaCacheConfig
+from dittocache.teacache.hook import HOOK_NAME as TEACACHE_HOOK
+from dittocache.teacache.hook import TeaCacheHook
+
+logger = logging.getLogger(__name__)
+
+HOOK_NAME = "dittocache_session"
+
+CacheHook = TeaCacheHook | ReferenceKVHook
+
+
+@contextmanager
+def cached(
+    target: Any, teacache: TeaCacheConfig | None = None, reference_kv: ReferenceKVConfig | None = None
+) -> Iterator[Trace]:
+    """Caches on `target` within the `with` block; yields the trace of their decisions.
+
+    With both, TeaCache decides first: a skipped step touches no keys and values, and refreshes count computed steps.
+    State belongs to one run of one CFG branch. On exit, also by an exception, hooks are removed, the attention
+    processors are the ones of before and all memory is free. Without caches the trace holds the times alone.
+
+    Args:
+        target: a diffusers pipeline with a transformer, or the transformer. A bare transformer returns noise tokens
+            only, `(B, N, C)`, on skipped and cached steps; pipelines use no others.
+        teacache: settings of the step cache; None: off.
+        reference_kv: settings of the reference KV cache; None: off.
+
+    Raises StepCacheError where caches are on for this transformer already or TeaCache does not know the model,
+    ReferenceCacheError where references cannot be cached, ModelError where there is no transformer.
+    """
+    denoiser = find_denoiser(target)
+    module = denoiser.module
+    if any(installed_hook(module, name) is not None for name in (HOOK_NAME, TEACACHE_HOOK, REFERENCE_KV_HOOK)):
+        raise StepCacheError(
+            f"caches of dittocache are on for this {type(module).__name__} already; sessions cannot be nested: give "
+            "both caches to one cached(...)"
+        )
+    trace = Trace()
+    steps = None if teacache is None else teacache.num_inference_steps
+    clock = RunClock(_adapter(module), denoiser.scheduler, steps)
+
+    def note(remark: str) -> None:
+        trace.notes.append(remark)
+        logger.warning(remark)
+
+    with ExitStack() as undo:
+        caches: list[CacheHook] = []
+        if reference_kv is not None:
+            caches.append(apply_reference_kv(target, reference_kv, clock))
+            undo.callback(remove_reference_kv, target)
+        if teacache is not None:  # registered later, so it stands around the reference cache
+            adapter = TeaCacheAdapter(teacache)
+            caches.append(adapter.apply(target, clock, note))
+            undo.callback(adapter.remove, target)
+        recorder = _Recorder(trace, clock, caches)
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(recorder, HOOK_NAME)
+        undo.callback(remove_hook, module, HOOK_NAME)
+        yield trace
+
+
+class _Recorder(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
+    """Outermost hook: times every call and writes down what the caches within did about it."""
+
+    _is_stateful = True
+
+    def __init__(self, trace: Trace, clock: RunClock, caches: list[CacheHook]) -> None:
+        super().__init__()
+        self.branch_listener = BranchListener()
+        self._trace = trace
+        self._clock = clock
+        self._caches = caches
+        self._pending: list[tuple[StepRecord, torch.cuda.Event, torch.cuda.Event]] = []
+
+    def deinitalize_hook(self, module: nn.Module) -> nn.Module:
+        """Called by diffusers (which spells it so) when the hook is removed: reads the device's clock."""
+        for record, start, end in self._pending:
+            end.synchronize()
+            record.seconds = start.elapsed_time(end) / 1000  # ms
+        self._pending = []
+        return module
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        """Called by diffusers at the end of a pipeline's call."""
+        self._clock.end_run()
+        return module
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Called by diffusers in place of the transformer's forward."""
+        forward_kwargs = bind_forward(module, args, kwargs)
+        with self._clock.call(module, self.branch_listener.heard, forward_kwargs) as call:
+            record, output = self._timed(call, forward_kwargs)
+            record.decision = "computed" if call.computed else "skipped"
+            record.cause, record.distance, record.references = call.cause, call.distance, call.references
+            self._trace.steps.append(record)
+            self._trace.bytes_held = max(self._trace.bytes_held, sum(cache.bytes_held for cache in self._caches))
+            return output
+
+    def _timed(self, call: DenoisingCall, forward_kwargs: dict[str, Any]) -> tuple[StepRecord, Any]:
+        record = StepRecord(call.run, call.step, call.branch, "", "", None, None, 0.0)
+        forward = self.fn_ref.original_forward
+        hidden_states = forward_kwargs.get("hidden_states")
+        if isinstance(hidden_states, torch.Tensor) and hidden_states.is_cuda:
+            # The host only queues work: the device's own clock counts.
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start.record()
+            output = forward(**forward_kwargs)
+            end.record()
+            self._pending.append((record, start, end))
+            return record, output
+        began = time.perf_counter()
+        output = forward(**forward_kwargs)
+        record.seconds = time.perf_counter() - began
+        return record, output
+
+
+def _adapter(module: nn.Module) -> TransformerAdapter | None:
+    """None for a model that no family knows: a user's extractor may still."""
+    try:
+        return adapter_of(module)
+    except ModelError:
+        return None

@@ -1,0 +1,98 @@
+"""What the caches did in a session: one record a call of the transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass
+class StepRecord:
+    """One call of the transformer.
+
+    Attributes:
+        run: counts denoising runs of the session from 1.
+        step: counts from 0 within the run.
+        branch: the CFG branch.
+        decision: `computed` or `skipped` (the blocks did not run).
+        cause: why, in words; empty without TeaCache.
+        distance: relative L1 distance to the step before, where it was measured.
+        references: `computed` or `reused` where the reference KV cache ran, else None.
+        seconds: wall time of the call on a CPU, time on the device on CUDA.
+    """
+
+    run: int
+    step: int
+    branch: str
+    decision: str
+    cause: str
+    distance: float | None
+    references: str | None
+    seconds: float
+
+
+class Trace:
+    """Fills while a session runs; times on CUDA are in when the session has ended."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepRecord] = []
+        self.bytes_held = 0
+        """Most memory that the caches held at a time, in bytes on the device."""
+        self.notes: list[str] = []
+        """Remarks for the user: a cache that never triggered, settings that cannot work."""
+
+    @property
+    def computed(self) -> int:
+        """Calls that ran the transformer blocks."""
+        return sum(step.decision == "computed" for step in self.steps)
+
+    @property
+    def skipped(self) -> int:
+        """Calls that did not."""
+        return len(self.steps) - self.computed
+
+    @property
+    def references_reused(self) -> int:
+        """Calls that ran without reference tokens, on kept keys and values."""
+        return sum(step.references == "reused" for step in self.steps)
+
+    @property
+    def seconds(self) -> float:
+        """Time within the transformer."""
+        return sum(step.seconds for step in self.steps)
+
+    def summary(self) -> str:
+        """The session in words, one line a run and branch."""
+        lines = []
+        for run, branch in dict.fromkeys((step.run, step.branch) for step in self.steps):
+            steps = [step for step in self.steps if (step.run, step.branch) == (run, branch)]
+            lines.append(f"run {run}, {branch}: {_describe(steps)}")
+        held = f"the caches held at most {self.bytes_held / 1e6:.1f} MB" if self.bytes_held else "no cache held memory"
+        return "\n".join([*(lines or ["the transformer was not called"]), held, *self.notes])
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        return {
+            "computed": self.computed,
+            "skipped": self.skipped,
+            "references_reused": self.references_reused,
+            "seconds": self.seconds,
+            "bytes_held": self.bytes_held,
+            "notes": list(self.notes),
+            "steps": [asdict(step) for step in self.steps],
+        }
+
+
+def _describe(steps: Sequence[StepRecord]) -> str:
+    """`c` a computed step, `r` one with kept references, `.` a skipped one."""
+    marks = {"skipped": "."}
+    pattern = "".join(
+        marks.get(step.decision, "r" if step.references == "reused" else "c") for step in steps
+    )
+    skipped = pattern.count(".")
+    reused = pattern.count("r")
+    words = [f"{len(steps)} steps", f"{len(steps) - skipped} computed", f"{skipped} skipped"]
+    if reused:
+        words.append(f"{reused} with kept references")
+    return f"{', '.join(words)}, {sum(step.seconds for step in steps):.2f} s  [{pattern}]"

@@ -1,0 +1,117 @@
+"""Applies TeaCache to a pipeline or a transformer and takes it off again: the spec's `TeaCacheAdapter`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from diffusers.hooks.hooks import HookRegistry
+
+from dittocache.errors import StepCacheError
+from dittocache.families.base import Polynomial, TransformerAdapter
+from dittocache.families.denoiser import Denoiser, find_denoiser, installed_hook, remove_hook
+from dittocache.families.run_clock import RunClock
+from dittocache.teacache.config import TeaCacheConfig
+from dittocache.teacache.extractors import (
+    EXTRACTOR_REGISTRY,
+    family_adapter,
+    get_extractor,
+    registered_polynomial,
+)
+from dittocache.teacache.hook import HOOK_NAME, TeaCacheHook
+from dittocache.teacache.policy import GatePolicy
+from dittocache.teacache.stack import BlockStack, ExtractorStack, StockStack
+
+logger = logging.getLogger(__name__)
+
+
+class TeaCacheAdapter:
+    """Puts TeaCache on transformers, and takes it off.
+
+    Args:
+        config: the settings; they are the same for every transformer it is applied to.
+    """
+
+    def __init__(self, config: TeaCacheConfig | None = None) -> None:
+        self.config = config or TeaCacheConfig()
+
+    def apply(
+        self, target: Any, clock: RunClock | None = None, say: Callable[[str], None] = logger.warning
+    ) -> TeaCacheHook:
+        """Skip steps of `target`, a pipeline or a bare transformer, from its next call on.
+
+        Args:
+            target: a diffusers pipeline with a transformer, or the transformer.
+            clock: shared with other hooks on the transformer; its own by default.
+            say: takes remarks for the user.
+
+        Raises StepCacheError where TeaCache is on already, the model type is unknown or belongs to another model,
+        and ModelError where there is no transformer.
+        """
+        denoiser = find_denoiser(target)
+        if installed_hook(denoiser.module, HOOK_NAME) is not None:
+            raise StepCacheError(
+                f"TeaCache is on for this {type(denoiser.module).__name__} already; remove it before applying it again"
+            )
+        model_type = self._model_type(denoiser)
+        family = family_adapter(model_type)
+        if clock is None:
+            clock = RunClock(family, denoiser.scheduler, self.config.num_inference_steps)
+        hook = TeaCacheHook(self._policy(model_type, family), _stack(model_type, family), clock, say=say)
+        HookRegistry.check_if_exists_or_initialize(denoiser.module).register_hook(hook, HOOK_NAME)
+        return hook
+
+    def reset(self, target: Any) -> None:
+        """Forget the run that is going on, as after an interrupt; raises StepCacheError where TeaCache is off."""
+        module = find_denoiser(target).module
+        self._hook(module).reset_state(module)
+
+    def remove(self, target: Any) -> None:
+        """Take TeaCache off; raises StepCacheError where it is not on."""
+        module = find_denoiser(target).module
+        self._hook(module)
+        remove_hook(module, HOOK_NAME)
+
+    def _hook(self, module: Any) -> TeaCacheHook:
+        hook = installed_hook(module, HOOK_NAME)
+        if not isinstance(hook, TeaCacheHook):
+            raise StepCacheError(f"TeaCache is not on for this {type(module).__name__}; apply it first")
+        return hook
+
+    def _model_type(self, denoiser: Denoiser) -> str:
+        names = denoiser.class_names
+        if self.config.model_type is None:
+            known = [name for name in names if name in EXTRACTOR_REGISTRY]
+            if known:
+                return known[0]
+            raise StepCacheError(
+                f"TeaCache knows no {' or '.join(names[:2])}: model_type must be provided in cache_config. "
+                f"Available types: {', '.join(sorted(EXTRACTOR_REGISTRY))}. Add yours with register_extractor"
+            )
+        get_extractor(self.config.model_type)
+        family = family_adapter(self.config.model_type)
+        if family is not None and family.class_name not in names:
+            raise StepCacheError(
+                f"model_type {self.config.model_type!r} is for a {family.class_name}, but the transformer is a "
+                f"{type(denoiser.module).__name__}; leave model_type out, or name the right one"
+            )
+        return self.config.model_type
+
+    def _policy(self, model_type: str, family: TransformerAdapter | None) -> GatePolicy:
+        default = registered_polynomial(model_type) if family is None else family.polynomial
+        chosen = Polynomial(self.config.coefficients or default.coefficients)
+        # A range belongs to the coefficients that were fitted on it.
+        same = chosen.coefficients == default.coefficients
+        return GatePolicy(
+            threshold=self.config.rel_l1_thresh,
+            coefficients=chosen.coefficients,
+            fitted_range=self.config.fitted_range or (default.fitted_range if same else None),
+            ret_steps=self.config.ret_steps,
+            cutoff_steps=self.config.cutoff_steps,
+            max_consecutive_skips=self.config.max_consecutive_skips,
+        )
+
+
+def _stack(model_type: str, family: TransformerAdapter | None) -> BlockStack:
+    return ExtractorStack(get_extractor(model_type)) if family is None else StockStack(family)

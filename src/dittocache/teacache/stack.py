@@ -1,0 +1,147 @@
+"""The two ways to run a model around its block stack: the stock forward watched, or an extractor's own functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from dittocache.errors import StepCacheError
+from dittocache.families.base import CacheContext, TokenLayout, TransformerAdapter
+from dittocache.teacache.prediction import StackPass
+
+Extractor = Callable[..., CacheContext]
+
+
+class BlockStack(Protocol):
+    """What the hook asks of a model; `signal_is_shared` where all CFG branches have the same signal."""
+
+    signal_is_shared: bool
+
+    def attach(self, module: nn.Module) -> None:
+        """Make ready to run `module`."""
+        ...
+
+    def detach(self) -> None:
+        """Undo `attach`."""
+        ...
+
+    def extract(
+        self, module: nn.Module, forward_kwargs: Mapping[str, Any], layout: TokenLayout | None
+    ) -> CacheContext:
+        """The context of this step without running the blocks."""
+        ...
+
+    def compute(
+        self,
+        module: nn.Module,
+        forward_kwargs: Mapping[str, Any],
+        layout: TokenLayout | None,
+        context: CacheContext | None,
+        forward: Callable[..., Any],
+    ) -> tuple[Any, StackPass]:
+        """What the model returns for a computed step, and what went in and out of its blocks.
+
+        `context` is this step's, where it was extracted already.
+        """
+        ...
+
+
+class StockStack:
+    """The model's own forward, so that a computed step is the stock one bit for bit; noise tokens only are kept."""
+
+    def __init__(self, adapter: TransformerAdapter) -> None:
+        self._adapter = adapter
+        self.signal_is_shared = adapter.signal_ignores_text
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._input: torch.Tensor | None = None
+        self._output: torch.Tensor | None = None
+
+    def attach(self, module: nn.Module) -> None:
+        """Watch the first block's input and the final norm's input."""
+
+        def take_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._input = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+        def take_output(_: nn.Module, args: tuple[Any, ...]) -> None:
+            self._output = args[0]
+
+        first, norm = self._adapter.blocks(module)[0], self._adapter.final_norm(module)
+        self._handles = [
+            first.register_forward_pre_hook(take_input, with_kwargs=True),
+            norm.register_forward_pre_hook(take_output),
+        ]
+
+    def detach(self) -> None:
+        """Watch no more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._input = self._output = None
+
+    def extract(
+        self, module: nn.Module, forward_kwargs: Mapping[str, Any], layout: TokenLayout | None
+    ) -> CacheContext:
+        """Embedding and modulation of the noise tokens; text and references cost nothing here."""
+        noise = dict(forward_kwargs) if layout is None else self._adapter.noise_only(forward_kwargs, layout)
+        return self._adapter.extract_context(module, **noise)
+
+    def compute(
+        self,
+        module: nn.Module,
+        forward_kwargs: Mapping[str, Any],
+        layout: TokenLayout | None,
+        context: CacheContext | None,
+        forward: Callable[..., Any],
+    ) -> tuple[Any, StackPass]:
+        """Run `forward` (the stock one, or an inner hook's) and cut what passed the blocks to the noise tokens."""
+        try:
+            output = forward(**forward_kwargs)
+            if self._input is None or self._output is None:
+                raise StepCacheError(
+                    f"the forward of {type(module).__name__} passed its first block or final norm by; "
+                    "TeaCache cannot tell what the blocks did. Turn off other caches on this transformer"
+                )
+            noise = slice(None) if layout is None else slice(layout.noise)
+            return output, StackPass(self._input[:, noise], self._output[:, noise])
+        finally:
+            self._input = self._output = None  # they would keep a step's activations alive
+
+
+class ExtractorStack:
+    """A user's extractor, run by its own functions; its signal may differ between CFG branches."""
+
+    signal_is_shared = False
+
+    def __init__(self, extractor: Extractor) -> None:
+        self._extractor = extractor
+
+    def attach(self, module: nn.Module) -> None:
+        """Nothing to watch."""
+
+    def detach(self) -> None:
+        """Nothing was watched."""
+
+    def extract(
+        self, module: nn.Module, forward_kwargs: Mapping[str, Any], layout: TokenLayout | None
+    ) -> CacheContext:
+        """The extractor's context, validated."""
+        context = self._extractor(module, **forward_kwargs)
+        context.validate()
+        return context
+
+    def compute(
+        self,
+        module: nn.Module,
+        forward_kwargs: Mapping[str, Any],
+        layout: TokenLayout | None,
+        context: CacheContext | None,
+        forward: Callable[..., Any],
+    ) -> tuple[Any, StackPass]:
+        """Blocks and postprocessing of the context; its first output is the image stream."""
+        if context is None:
+            context = self.extract(module, forward_kwargs, layout)
+        hidden_states = context.run_transformer_blocks()[0]
+        return context.postprocess(hidden_states), StackPass(context.hidden_states, hidden_states)
