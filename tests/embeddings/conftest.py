@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 from tests.embeddings.toy_family import Job, make_job
 
+from dittocache.embeddings import encode
+
 
 @pytest.fixture
-def job(tmp_path: Path) -> Job:
-    """Six samples, not cached yet."""
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    """Six samples, not cached yet; the toy's encoders need no garbage collection of the whole process."""
+    monkeypatch.setattr(encode, "_free_memory", lambda: None)
     return make_job(tmp_path)

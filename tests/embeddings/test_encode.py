@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import signal
+import weakref
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tests.embeddings.toy_family import Job, ToyFamily, picture
+from tests.embeddings.toy_family import Job, ToyFamily, ToyPipeline, make_job, picture
 
 from dittocache.embeddings.reader import CachedSamples
 from dittocache.embeddings.store import Store
@@ -48,6 +51,25 @@ def test_one_encoder_in_memory_at_a_time_with_what_it_needs_beside_it(job: Job) 
     assert job.family.logged("load") == [["vae"], ["text_encoder", "tokenizer"]]
     order = [encoder for encoder, _ in job.family.logged("encode")]
     assert order == ["vae"] * 6 + ["text_encoder"] * 6 + [None] * 6
+
+
+def test_an_encoder_is_gone_from_memory_before_the_next_one_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(tmp_path, count=1)
+    load = ToyFamily.load_pipeline
+    loaded: list[weakref.ref[ToyPipeline]] = []
+
+    def watched(self: ToyFamily, model: str, components: Collection[str], *where: Any) -> ToyPipeline:
+        assert [reference() for reference in loaded] == [None] * len(loaded)
+        pipe = load(self, model, components, *where)
+        pipe.weights["itself"] = pipe  # type: ignore[assignment]  # a cycle, as modules with hooks have
+        loaded.append(weakref.ref(pipe))
+        return pipe
+
+    monkeypatch.setattr(ToyFamily, "load_pipeline", watched)
+    job.cache()
+    assert len(loaded) == 2
 
 
 def test_what_samples_share_is_encoded_once(job: Job) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.embeddings.toy_family import Job
 
@@ -34,6 +34,7 @@ def reversed_dicts(value: Any) -> Any:
     return [reversed_dicts(one) for one in value] if isinstance(value, list) else value
 
 
+@settings(deadline=None)
 @given(RECIPES)
 def test_the_order_in_which_a_recipe_was_built_is_irrelevant(recipe: dict[str, Any]) -> None:
     assert recipe_key(reversed_dicts(recipe)) == recipe_key(recipe)
@@ -41,6 +42,7 @@ def test_the_order_in_which_a_recipe_was_built_is_irrelevant(recipe: dict[str, A
     assert len(recipe_key(recipe)) == 32 and canonical_json(recipe).isascii()
 
 
+@settings(deadline=None)
 @given(RECIPES, st.data())
 def test_any_field_that_changes_changes_the_key(recipe: dict[str, Any], data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(recipe)))
@@ -52,6 +54,7 @@ def test_any_field_that_changes_changes_the_key(recipe: dict[str, Any], data: st
     assert recipe_key({**recipe, f"{name}'": recipe[name]}) != recipe_key(recipe)
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=6), min_size=2, max_size=4))
 def test_the_order_and_the_borders_of_inputs_matter(texts: list[str]) -> None:
     index = ContentIndex(Path("/nonexistent/index.json"))
