@@ -1,0 +1,84 @@
+"""A stage's process: started from an argument list, its output in the run's log, stopped as a group."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+
+from dittocache.errors import StageError
+from dittocache.jobs.run_folder import LOG_NAME
+
+
+class StageProcess:
+    """Starts one stage at once.
+
+    Args:
+        stage: its name.
+        run_dir: folder of the run.
+        lock: descriptor of the run folder's lock, which the stage inherits.
+        python: the interpreter.
+
+    Raises StageError when the interpreter cannot be started.
+    """
+
+    def __init__(self, stage: str, run_dir: Path, lock: int, python: str = sys.executable) -> None:
+        self.stage = stage
+        self._log = run_dir / LOG_NAME
+        # The stage reads from a pipe that only this process can write to: it closes when this process is gone.
+        lifeline, self._lifeline = os.pipe()
+        self.command = [python, "-m", "dittocache.jobs.stage", stage]
+        self.command += ["--run-dir", str(run_dir), "--lifeline", str(lifeline)]
+        with self._log.open("ab") as output:
+            output.write(f"== {stage}, {datetime.now().astimezone().isoformat(timespec='seconds')}\n".encode())
+            output.flush()
+            self._log_start = output.tell()
+            try:
+                self._process = subprocess.Popen(
+                    self.command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=(lifeline, lock),
+                    start_new_session=True,  # a group of its own: Ctrl-C reaches it through us only, in good order
+                )
+            except OSError as error:
+                os.close(self._lifeline)
+                raise StageError(
+                    f"stage {stage} cannot start: the Python interpreter {python!r} cannot be run "
+                    f"({error.strerror or error}); activate the environment that dittocache is installed in"
+                ) from error
+            finally:
+                os.close(lifeline)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait(self, timeout: float) -> int | None:
+        """The return code, negative for the signal that ended it; None when it still runs after `timeout` seconds."""
+        try:
+            returncode = self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
+        return returncode
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the stage and all processes it started."""
+        if self._process.returncode is not None:
+            return  # its number may belong to another process by now
+        with contextlib.suppress(ProcessLookupError):  # it may have ended this moment
+            os.killpg(self._process.pid, number)
+
+    def output(self) -> str:
+        """What the stage wrote to stdout and stderr."""
+        with self._log.open("rb") as stream:
+            stream.seek(self._log_start)
+            return stream.read().decode(errors="replace")

@@ -1,0 +1,162 @@
+"""The first stage: every check that needs no model in memory, all problems listed at once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dittocache.config import BUNDLED
+from dittocache.data.sample import Sample
+from dittocache.embeddings.identity import model_folder
+from dittocache.embeddings.plan import Plan
+from dittocache.errors import ConfigError, DittocacheError
+from dittocache.events import EventLog
+from dittocache.families.loading import component_names
+from dittocache.jobs.inputs import RunInputs, latent_encoders, records_of, text_encoders
+
+FREE_BYTES = 200_000_000  # below it not even a small data set and a LoRA are sure to fit
+BUNDLED_RESOLUTION = 256  # the bundled model was trained at 128; far above it, pictures turn to noise
+
+
+def validate(inputs: RunInputs, log: EventLog) -> None:
+    """Check settings, model, data sets, folders and disk; say what is cached and what is still to encode.
+
+    Raises ConfigError that lists every problem.
+    """
+    problems: list[str] = []
+    _check_devices(inputs, problems)
+    with _listed(problems):
+        log.message(f"model {inputs.model} is a {inputs.family.name}")
+    with _listed(problems):
+        problems.extend(model_problems(inputs.model))
+    _check_bundled(inputs, problems)
+    if _can(lambda: inputs.family):
+        _check_data(inputs, problems)
+    for field, folder in (("output_dir", inputs.config.output_dir), ("cache.cache_dir", inputs.config.cache.cache_dir)):
+        problems.extend(folder_problems(field, folder))
+    for number, picture in enumerate(inputs.config.generate.image):
+        if not picture.is_file():
+            problems.append(f"generate.image.{number}: there is no file {picture}")
+    problems = list(dict.fromkeys(problems))
+    if problems:
+        raise ConfigError(f"{len(problems)} problem(s) found before anything was loaded", problems)
+    log.emit("result", samples=len(inputs.samples), held_out=len(inputs.held_out), family=inputs.family.name)
+    if inputs.config.cache.use_cache:
+        _report_plan(inputs, inputs.plan(), log)
+
+
+def _report_plan(inputs: RunInputs, plan: Plan, log: EventLog) -> None:
+    """Say what is cached; `cached` names the stages that have nothing to do, with the records that they find."""
+    log.message(plan.describe())
+    need = needed_bytes(plan)
+    free = shutil.disk_usage(_existing(inputs.config.cache.cache_dir)).free
+    if need > free:
+        raise ConfigError(
+            f"cache.cache_dir: about {need / 1e9:.1f} GB are needed for {plan.misses} records, {free / 1e9:.1f} GB are "
+            f"free on the disk of {inputs.config.cache.cache_dir}; free space or choose another folder"
+        )
+    cached = {}
+    for stage, encoders in (
+        ("cache_latents", latent_encoders(inputs.family)),
+        ("cache_text", text_encoders(inputs.family)),
+    ):
+        if not any(plan.missing(encoder) for encoder in encoders):
+            cached[stage] = len(records_of(plan, encoders))
+    if plan.misses == 0:
+        plan.manifest.save(inputs.manifest_path)
+    log.emit("result", plan=plan.as_dict(), cached=cached)
+
+
+def needed_bytes(plan: Plan) -> int:
+    """About how many bytes the missing records will take: as many each as the stored ones do; 0 when none is stored."""
+    return plan.bytes_stored // plan.hits * plan.misses if plan.hits else 0
+
+
+def model_problems(model: str) -> list[str]:
+    """Components that the checkpoint lists and does not hold; raises ModelError when there is no checkpoint."""
+    folder = model_folder(model)
+    problems = []
+    for name in component_names(folder):
+        files = list((folder / name).iterdir()) if (folder / name).is_dir() else []
+        weighty = (folder / name / "config.json").is_file()
+        if not files:
+            problems.append(f"model.path: {folder} lists the component {name!r}, but its folder is missing or empty")
+        elif weighty and not any(file.suffix in (".safetensors", ".bin") for file in files):
+            problems.append(f"model.path: {folder / name} holds no weights; download the checkpoint again")
+    return problems
+
+
+def folder_problems(field: str, folder: Path) -> list[str]:
+    """Why files cannot be written to `folder`, which need not exist yet; empty when they can."""
+    if folder.exists() and not folder.is_dir():
+        return [f"{field}: {folder} is a file; give the path of a folder"]
+    parent = _existing(folder)
+    if not parent.is_dir():
+        return [f"{field}: {folder} cannot be made, because {parent} is a file"]
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            free = shutil.disk_usage(parent).free
+    except OSError as error:
+        return [f"{field}: {parent} cannot be written ({os.strerror(error.errno) if error.errno else error})"]
+    if free < FREE_BYTES:
+        return [f"{field}: only {free / 1e6:.0f} MB are free on the disk of {folder}; free at least 200 MB"]
+    return []
+
+
+def _check_devices(inputs: RunInputs, problems: list[str]) -> None:
+    with _listed(problems):
+        _ = inputs.device
+    for encoder in inputs.config.cache.devices:
+        with _listed(problems):
+            inputs.encoder_device(encoder)
+
+
+def _check_bundled(inputs: RunInputs, problems: list[str]) -> None:
+    data = inputs.config.data
+    if inputs.config.model.path == BUNDLED and data.resolution > BUNDLED_RESOLUTION:
+        problems.append(
+            f"data.resolution: found {data.resolution}; the bundled model was trained on pictures of 128 pixels a "
+            "side: set data.resolution to 128 and data.condition_resolution to 64"
+        )
+
+
+def _check_data(inputs: RunInputs, problems: list[str]) -> None:
+    def usable(read: Callable[[], list[Sample]]) -> None:
+        for sample in read():
+            with _listed(problems):
+                inputs.family.artifacts(sample, inputs.sizes)
+
+    with _listed(problems, "data.path: "):
+        usable(lambda: inputs.samples)
+    with _listed(problems, "held_out: "):
+        usable(lambda: inputs.held_out)
+
+
+@contextmanager
+def _listed(problems: list[str], prefix: str = "") -> Iterator[None]:
+    """Add what the block raises to `problems`: each single problem where several were found."""
+    try:
+        yield
+    except DittocacheError as error:
+        problems.extend(prefix + problem for problem in error.problems or [str(error)])
+
+
+def _can(look: Callable[[], Any]) -> bool:
+    try:
+        look()
+    except DittocacheError:
+        return False
+    return True
+
+
+def _existing(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that is there."""
+    folder = folder.absolute()
+    while not folder.exists() and folder.parent != folder:
+        folder = folder.parent
+    return folder
