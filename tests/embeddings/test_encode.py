@@ -73,8 +73,10 @@ def test_an_encoder_is_gone_from_memory_before_the_next_one_is_loaded(
 
 
 def test_what_samples_share_is_encoded_once(job: Job) -> None:
-    twin = replace(job.samples[0], name="twin", target=picture(job.folder / "set/twin.bmp", "twin"))
-    job.samples.append(twin)
+    for place, name in ((1, "twin"), (7, "later twin")):  # in the same batch and in another one
+        target = picture(job.folder / f"set/{name}.bmp", name)
+        job.samples.insert(place, replace(job.samples[0], name=name, target=target))
+    assert job.plan().as_dict()["to_encode"] == {"vae": 8, "text_encoder": 6, "none": 6}
     job.cache()
     text = [name for encoder, name in job.family.logged("encode") if encoder == "text_encoder"]
     assert text == [f"sample-{number:02d}" for number in range(6)]

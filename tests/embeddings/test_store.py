@@ -142,6 +142,18 @@ def test_every_flipped_bit_is_found() -> None:
                 unpack(damaged, KEY)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(b'"BF16"', b'"I16" '), (b"[4,6]", b"[6,4]"), (b'"prompt_embeds":{', b'"Prompt_embeds":{')],
+    ids=["dtype", "shape", "name"],
+)
+def test_a_header_that_gives_the_same_bytes_another_meaning_is_found(before: bytes, after: bytes) -> None:
+    content = pack(KEY, TENSOR, RECIPE)
+    assert content.count(before) == 1 and len(before) == len(after)
+    with pytest.raises(RecordCorruptError):
+        unpack(bytearray(content.replace(before, after)), KEY)
+
+
 def test_a_record_under_another_name_is_not_believed(store: Store) -> None:
     other = {**RECIPE, "schema": 2}
     store.write(KEY, TENSOR, RECIPE)
