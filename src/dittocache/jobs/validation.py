@@ -69,7 +69,24 @@ def _report_plan(inputs: RunInputs, plan: Plan, log: EventLog) -> None:
             cached[stage] = len(records_of(plan, encoders))
     if plan.misses == 0:
         plan.manifest.save(inputs.manifest_path)
-    log.emit("result", plan=plan.as_dict(), cached=cached)
+    # Without the list of stale records: an event is one line, and a data set may have a million.
+    numbers = {name: value for name, value in plan.as_dict().items() if name != "stale"}
+    log.emit("result", plan=numbers, cached=cached, artifacts=_artifacts(plan))
+
+
+def _artifacts(plan: Plan) -> dict[str, dict[str, Any]]:
+    """For each artifact its encoder, how many records the data set needs of it, and how many of them are missing."""
+    keys: dict[str, set[str]] = {}
+    encoders: dict[str, str | None] = {}
+    for encoder, needs in plan.needs.items():
+        for need in needs:
+            for name, key in need.keys.items():
+                keys.setdefault(name, set()).add(key)
+                encoders[name] = encoder
+    return {
+        name: {"encoder": encoders[name], "records": len(found), "missing": len(found - plan.stored.keys())}
+        for name, found in keys.items()
+    }
 
 
 def needed_bytes(plan: Plan) -> int:

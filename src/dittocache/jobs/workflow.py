@@ -38,13 +38,18 @@ class WorkflowStopped(StageError):
 
 
 def run_workflow(
-    config: RunConfig, stages: Sequence[str], listener: Listener = lambda event: None, python: str = sys.executable
+    config: RunConfig,
+    stages: Sequence[str],
+    listener: Listener = lambda event: None,
+    python: str = sys.executable,
+    typed: str = "",
 ) -> Path:
     """Run `stages` in order in `config.run_dir` and return that folder.
 
     Args:
         listener: called with every event of the run, from a thread of its own.
         python: interpreter of the stages.
+        typed: what the user typed to start this, for the report.
 
     Stages that have nothing to do (everything is cached) are not started; an event says so. SIGINT and SIGTERM go to
     the stage, which ends in good order; a second one ends it at once.
@@ -58,7 +63,7 @@ def run_workflow(
         path = run_dir / EVENTS_NAME
         offset = path.stat().st_size if path.exists() else 0
         log = EventLog(path, WORKFLOW)
-        log.emit("stage_started", pid=os.getpid(), command=list(stages))
+        log.emit("stage_started", pid=os.getpid(), command=list(stages), typed=typed)
         started = time.monotonic()
         with _followed(path, offset, listener), _Stopper() as stopper:
             for stage in stages:

@@ -1,0 +1,222 @@
+"""The generating stage: edits without and with the LoRA, and the same edits with each cache beside plain sampling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from dittocache.data.sample import Sample
+from dittocache.errors import ConfigError
+from dittocache.events import EventLog, Progress
+from dittocache.families.loading import component_names
+from dittocache.families.pictures import open_picture
+from dittocache.jobs.inputs import RunInputs
+from dittocache.jobs.run_folder import LORA_NAME, SAMPLES_NAME
+from dittocache.quality.metrics import capped, psnr
+from dittocache.referencekv.config import ReferenceKVConfig
+from dittocache.sampling.config import GenerateConfig
+from dittocache.sampling.generate import Picture, generate
+from dittocache.sampling.trace import Trace
+from dittocache.teacache.config import TeaCacheConfig
+
+SHOWN_OF_DATA = 4  # samples of the training set that are edited where there is no held-out set
+COMPARED = 3  # edits that are made in every way
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What to make: reference pictures, words, and the right outcome where it is known."""
+
+    name: str
+    images: tuple[Path, ...]
+    prompt: str
+    target: Path | None = None
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of making an edit."""
+
+    label: str
+    role: str
+    settings: str = ""
+    steps: int | None = None
+    teacache: TeaCacheConfig | None = None
+    reference_kv: ReferenceKVConfig | None = None
+
+
+def generate_edits(inputs: RunInputs, log: EventLog) -> None:
+    """Make the run's pictures in `RUN/samples`.
+
+    With `generate.prompt` or `generate.image` that one edit; else the held-out set, else some of the training set.
+    Where a LoRA was trained, each edit is made without and with it. Where caches are configured, the first edits are
+    made again with each of them, with all, and with fewer plain steps. Emits a `result` that lists the pictures.
+    """
+    edits = chosen_edits(inputs)
+    pipe = inputs.family.load_pipeline(inputs.model, component_names(inputs.model), inputs.dtype, inputs.device)
+    has_lora = (inputs.run_dir / LORA_NAME).is_dir()
+    compared = edits[:COMPARED] if cached_ways(inputs) else []
+    progress = Progress(log, len(edits) * (1 + has_lora) + len(compared) * (2 + len(cached_ways(inputs))))
+    maker = _Maker(inputs, pipe, progress)
+    maker.warm_up(edits[0])
+    plain = Way("plain", "uncached")
+    pictures: dict[str, dict[str, Any]] = {}
+    for kind in ("base", "lora") if has_lora else ("base",):
+        if kind == "lora":
+            pipe.load_lora_weights(str(inputs.run_dir / LORA_NAME))
+        for number, edit in enumerate(edits):
+            picture = maker.make(edit, number, plain)
+            pictures.setdefault(edit.name, {})[kind] = maker.save(picture.image, f"{edit.name}-{kind}")
+    rows = [_described(edit, inputs) | pictures[edit.name] for edit in edits]
+    log.emit("result", edits=rows, held_out=bool(inputs.held_out), **_gain(rows, inputs.run_dir))
+    if compared:
+        log.emit("result", compared=_compared(inputs, maker, compared))
+
+
+def chosen_edits(inputs: RunInputs) -> list[Edit]:
+    """What to make; raises ConfigError where pictures are given without words, or words without pictures."""
+    settings = inputs.config.generate
+    if settings.prompt is not None or settings.image:
+        if settings.prompt is None:
+            raise ConfigError("generate.image is given without generate.prompt; say what to do with the picture")
+        needs_image = bool(inputs.samples and inputs.samples[0].controls)
+        if needs_image and not settings.image:
+            raise ConfigError("generate.prompt is given without generate.image; name the picture to edit")
+        return [Edit("edit", tuple(settings.image), settings.prompt)]
+    samples = inputs.held_out or inputs.samples[:SHOWN_OF_DATA]
+    return [_edit(sample) for sample in samples]
+
+
+def cached_ways(inputs: RunInputs) -> list[Way]:
+    """The configured caches, each alone and then together."""
+    teacache, reference_kv = inputs.config.teacache, inputs.config.reference_kv
+    ways = []
+    if teacache is not None:
+        threshold = f"rel_l1_thresh {teacache.rel_l1_thresh:g}"
+        ways.append(Way("TeaCache", "cached", threshold, teacache=teacache))
+    if reference_kv is not None:
+        refresh = f"refresh {reference_kv.refresh}" if reference_kv.refresh else "first step only"
+        ways.append(Way("Reference KV", "cached", refresh, reference_kv=reference_kv))
+    if teacache is not None and reference_kv is not None:
+        settings = f"{threshold}, {refresh}"
+        ways.append(Way("Both", "cached", settings, teacache=teacache, reference_kv=reference_kv))
+    return ways
+
+
+def steps_of_equal_cost(steps: int, uncached_seconds: float, cached_seconds: float) -> int:
+    """Plain steps that take about as long as the cached run did: the honest baseline."""
+    return min(steps, max(1, math.ceil(steps * cached_seconds / max(uncached_seconds, 1e-9) - 0.5)))
+
+
+class _Maker:
+    """Makes and saves pictures with one pipeline."""
+
+    def __init__(self, inputs: RunInputs, pipe: Any, progress: Progress) -> None:
+        self._inputs = inputs
+        self._pipe = pipe
+        self._progress = progress
+        self._folder = inputs.run_dir / SAMPLES_NAME
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def warm_up(self, edit: Edit) -> None:
+        """Two steps that nobody sees: the first call allocates and would be timed with it."""
+        self._generate(edit, 0, Way("warm-up", "uncached", steps=2))
+
+    def make(self, edit: Edit, number: int, way: Way) -> Picture:
+        """One edit; its noise depends on its number alone."""
+        picture = self._generate(edit, number, way)
+        self._progress.advance()
+        return picture
+
+    def save(self, image: Image.Image, name: str) -> str:
+        """Write the picture and return its path within the run folder."""
+        file = self._folder / f"{name.replace('/', '-')}.png"
+        image.save(file)
+        return f"{SAMPLES_NAME}/{file.name}"
+
+    def _generate(self, edit: Edit, number: int, way: Way) -> Picture:
+        settings: GenerateConfig = self._inputs.config.generate
+        update: dict[str, Any] = {"seed": settings.seed + number}
+        if way.steps is not None:
+            update["num_inference_steps"] = way.steps
+        config = settings.model_copy(update=update)
+        sizes = self._inputs.sizes
+        return generate(self._pipe, edit.images, edit.prompt, config, sizes, way.teacache, way.reference_kv)
+
+
+def _compared(inputs: RunInputs, maker: _Maker, edits: Sequence[Edit]) -> list[dict[str, Any]]:
+    """Every edit in every way, and in as few plain steps as take about the time of the fastest cached way."""
+    ways = [Way("Uncached", "uncached"), *cached_ways(inputs)]
+    rows: list[list[dict[str, Any]]] = [[] for _ in edits]
+    for way in ways:
+        for number, edit in enumerate(edits):
+            rows[number].append(_variant(maker, edit, number, way))
+    means = [sum(row[index]["seconds"] for row in rows) / len(rows) for index in range(len(ways))]
+    steps = steps_of_equal_cost(inputs.config.generate.num_inference_steps, means[0], min(means[1:]))
+    fewer = Way(f"{steps} plain steps", "fewer_steps", "about the time of the fastest cache", steps=steps)
+    for number, edit in enumerate(edits):
+        rows[number].append(_variant(maker, edit, number, fewer))
+    return [{**_described(edit, inputs), "variants": row} for edit, row in zip(edits, rows, strict=True)]
+
+
+def _variant(maker: _Maker, edit: Edit, number: int, way: Way) -> dict[str, Any]:
+    picture = maker.make(edit, number, way)
+    return {
+        "label": way.label,
+        "role": way.role,
+        "settings": way.settings,
+        "picture": maker.save(picture.image, f"{edit.name}-{way.label.lower().replace(' ', '-')}"),
+        "seconds": picture.seconds,
+        "patterns": _patterns(picture.trace),
+        "bytes_held": picture.trace.bytes_held if way.role == "cached" else None,
+        "notes": picture.trace.notes,
+    }
+
+
+def _patterns(trace: Trace) -> dict[str, list[str]]:
+    """What each step did, by branch: `computed`, `refreshed` (references computed too) or `skipped`."""
+    patterns: dict[str, list[str]] = {}
+    for step in trace.steps:
+        computed = "refreshed" if step.references == "computed" else "computed"
+        patterns.setdefault(step.branch, []).append("skipped" if step.decision == "skipped" else computed)
+    return patterns
+
+
+def _edit(sample: Sample) -> Edit:
+    return Edit(sample.name, sample.controls, sample.prompt, sample.target)
+
+
+def _described(edit: Edit, inputs: RunInputs) -> dict[str, Any]:
+    return {
+        "name": edit.name,
+        "caption": edit.prompt,
+        "source": str(edit.images[0]) if edit.images else None,
+        "target": str(edit.target) if edit.target else None,
+    }
+
+
+def _gain(rows: Sequence[dict[str, Any]], run_dir: Path) -> dict[str, Any]:
+    """Mean PSNR to the target without and with the LoRA, where both and the targets are there."""
+    if not all(row.get("lora") and row["target"] for row in rows):
+        return {"words": f"{len(rows)} edits in {run_dir / SAMPLES_NAME}"}
+    means = {}
+    for kind in ("base", "lora"):
+        values = []
+        for row in rows:
+            picture = open_picture(run_dir / row[kind])
+            values.append(capped(psnr(picture, fitted(Path(row["target"]), picture.size))))
+        means[kind] = sum(values) / len(values)
+    gain = means["lora"] - means["base"]
+    words = f"PSNR to target {means['base']:.1f} dB without the LoRA, {means['lora']:.1f} dB with it ({gain:+.1f} dB)"
+    return {"base_psnr": means["base"], "lora_psnr": means["lora"], "words": words}
+
+
+def fitted(path: Path, size: tuple[int, int]) -> Image.Image:
+    """The picture, upright and RGB, at (width, height) `size`."""
+    picture = open_picture(path)
+    return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
