@@ -60,7 +60,7 @@ def hint_for(returncode: int, text: str) -> str:
 
 def last_lines(text: str, count: int = 12) -> str:
     """The end of a log, without progress bars' carriage returns and empty lines."""
-    lines = [line.rsplit("\r", 1)[-1].rstrip() for line in text.splitlines()]
+    lines = [line.rsplit("\r", 1)[-1].rstrip() for line in text.split("\n")]
     return "\n".join([line for line in lines if line][-count:])
 
 
