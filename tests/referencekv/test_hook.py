@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from tests.denoising import (
-    CHANNELS,
     EDIT,
     EDITS,
     DeviceReads,
@@ -27,24 +23,15 @@ from tests.denoising import (
     sigmas,
     velocities,
 )
+from tests.referencekv.cached_steps import FROZEN, reference_kv, twice
 
 from dittocache.errors import ModelError, ReferenceCacheError
 from dittocache.referencekv.config import ReferenceKVConfig
-from dittocache.referencekv.hook import ReferenceKVHook, apply_reference_kv, remove_reference_kv
+from dittocache.referencekv.hook import apply_reference_kv
 
 STEPS = 5
 GUIDED = replace(EDIT, branches=("cond", "uncond"))
-FROZEN = ReferenceKVConfig()
 EVERY_STEP = ReferenceKVConfig(refresh=1)
-
-
-@contextmanager
-def reference_kv(target: Any, config: ReferenceKVConfig = FROZEN) -> Iterator[ReferenceKVHook]:
-    hook = apply_reference_kv(target, config)
-    try:
-        yield hook
-    finally:
-        remove_reference_kv(target)
 
 
 def run(config: ReferenceKVConfig, edit: Edit, zero_cond_t: bool = False) -> dict[str, list[torch.Tensor]]:
@@ -87,15 +74,6 @@ def test_a_cached_step_at_the_filling_steps_own_input_is_the_stock_step(edit: Ed
         full, cached = twice(model, edit.kwargs(edit.latents(), 0.75))
     assert cached.shape[1] == edit.noise < full.shape[1]
     assert relative_error(cached, full[:, : edit.noise]) < 1e-5
-
-
-def twice(model: Any, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same input as two steps of a run."""
-    outputs = []
-    for step in range(2):
-        with model.cache_context("cond", step_index=step, num_inference_steps=4):
-            outputs.append(model(**kwargs)[0])
-    return outputs[0], outputs[1]
 
 
 def test_the_texts_positions_follow_from_all_pictures() -> None:
@@ -218,10 +196,7 @@ def test_memory_is_counted_and_nothing_more_is_kept_alive() -> None:
     with reference_kv(model) as hook:
         velocities(model, GUIDED, STEPS)
         kept = [
-            tensor
-            for branch in hook._kept._branches.values()
-            for block in range(3)
-            for tensor in branch.take(block)
+            tensor for branch in hook._kept._branches.values() for block in range(3) for tensor in branch.take(block)
         ]
         assert hook.bytes_held == sum(tensor.untyped_storage().nbytes() for tensor in kept)
         assert hook.bytes_held == 2 * 3 * 2 * EDIT.reference * 32 * 4  # branches, blocks, K and V, tokens, width
@@ -261,8 +236,7 @@ def test_taken_off_the_stock_processors_are_back() -> None:
         velocities(model, EDIT, STEPS, stop=2)
         raise RuntimeError("in the session")
     assert all(
-        block.attn.processor is processor
-        for block, processor in zip(model.transformer_blocks, processors, strict=True)
+        block.attn.processor is processor for block, processor in zip(model.transformer_blocks, processors, strict=True)
     )
     assert set(model.__dict__) == before
     assert not any(block._forward_pre_hooks for block in model.transformer_blocks)
@@ -327,75 +301,6 @@ def test_gradient_checkpointing_is_an_error_that_names_the_way_out() -> None:
         model(**EDIT.kwargs(EDIT.latents(), 0.75))
         with pytest.raises(ReferenceCacheError, match=r"torch\.no_grad"):
             model(**EDIT.kwargs(EDIT.latents(), 0.5))
-
-
-# FLUX Kontext: two kinds of blocks, references known by their ids, and no branch names from the pipeline.
-
-
-def kontext_kwargs(t: float, seed: int = 0, text: float = 0.0) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    noise, reference = torch.zeros(16, 3), torch.ones(24, 3)
-    noise[:, 1], noise[:, 2] = torch.arange(16) // 4, torch.arange(16) % 4
-    reference[:, 1], reference[:, 2] = torch.arange(24) // 4, torch.arange(24) % 4
-    return {
-        "hidden_states": torch.randn(1, 40, CHANNELS, generator=generator),
-        "encoder_hidden_states": torch.randn(1, 5, 12, generator=generator) + text,
-        "pooled_projections": torch.full((1, 6), text),
-        "timestep": torch.tensor([t]),
-        "guidance": torch.tensor([3.5]),
-        "img_ids": torch.cat([noise, reference]),
-        "txt_ids": torch.zeros(5, 3),
-        "return_dict": False,
-    }
-
-
-def test_kontext_is_exact_where_it_is_full() -> None:
-    model = flux_transformer()
-    with torch.no_grad():
-        stock = [model(**kontext_kwargs(t, seed))[0] for seed, t in enumerate(sigmas(4))]
-        with reference_kv(model, EVERY_STEP):
-            for seed, t in enumerate(sigmas(4)):
-                assert torch.equal(model(**kontext_kwargs(t, seed))[0], stock[seed])
-        with reference_kv(model):
-            full, cached = twice(model, kontext_kwargs(1.0, 0))
-    assert torch.equal(full, stock[0])
-    assert cached.shape[1] == 16
-    assert relative_error(cached, full[:, :16]) < 1e-5
-
-
-def test_unnamed_branches_of_a_pipeline_are_told_apart_by_their_order_at_each_step() -> None:
-    pipe = Pipeline(flux_transformer())
-    pipe.scheduler.set_timesteps(4)
-    found: dict[float, list[torch.Tensor]] = {0.0: [], 1.0: []}
-    latents = torch.zeros(1, 16, CHANNELS)
-    with reference_kv(pipe), torch.no_grad():
-        for step, t in enumerate(pipe.scheduler.timesteps):
-            for text in found:
-                if text == 1.0 and step == 3:
-                    continue  # guidance ends before the run does
-                found[text].append(pipe.transformer(**kontext_kwargs(float(t) / 1000, 0, text))[0][:, :16])
-            latents = pipe.scheduler.step(latents, t, latents)[0]
-    for text, outputs in found.items():
-        alone = flux_transformer()
-        with reference_kv(alone), torch.no_grad():
-            timesteps = pipe.scheduler.timesteps[: len(outputs)]
-            expected = [alone(**kontext_kwargs(float(t) / 1000, 0, text))[0][:, :16] for t in timesteps]
-        assert all(map(torch.equal, outputs, expected))
-
-
-def test_counting_the_references_reads_the_device_once_a_run() -> None:
-    model, kwargs = flux_transformer(), kontext_kwargs(1.0)
-    pipe = Pipeline(model)
-    pipe.scheduler.set_timesteps(4)
-    latents = torch.zeros(1, 16, CHANNELS)
-    reads = []
-    with reference_kv(pipe), torch.no_grad():
-        for t in pipe.scheduler.timesteps:
-            with DeviceReads() as mode:
-                model(**kwargs)
-            reads.append(mode.count)
-            latents = pipe.scheduler.step(latents, t, latents)[0]
-    assert reads == [1, 0, 0, 0]
 
 
 def test_a_skipped_text_projection_is_none_of_its_business() -> None:

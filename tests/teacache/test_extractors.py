@@ -305,6 +305,9 @@ def test_setup_cache() -> None:
     with pytest.raises(ConfigError) as error:
         setup_cache(model, "tea_cache", {"rel_l1_thresh": -1, "ret_steps": 0, "spelling": 1})
     assert len(error.value.problems) == 3
+    for wrong in ({"fitted_range": (0.5, 0.1)}, {"coefficients": (float("nan"),)}, {"rel_l1_thresh": float("inf")}):
+        with pytest.raises(ConfigError):
+            setup_cache(model, "tea_cache", wrong)
 
 
 def test_coefficients_come_with_the_range_they_were_fitted_on() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,45 +18,19 @@ from tests.denoising import (
     Pipeline,
     counted,
     equal,
-    fail_in,
     flux_transformer,
     qwen_transformer,
     relative_error,
     sigmas,
     velocities,
 )
+from tests.teacache.skipped_steps import EXACT, GUIDED, SKIPPED, SKIPPING, STEPS, run, teacache
 
 from dittocache.errors import ModelError, StepCacheError
 from dittocache.families.qwen_image_transformer import QwenImageTransformerAdapter
 from dittocache.teacache import hook as hook_module
 from dittocache.teacache.adapter import TeaCacheAdapter
 from dittocache.teacache.config import TeaCacheConfig
-
-STEPS = 8
-GUIDED = replace(EDIT, branches=("cond", "uncond"))
-# Skips whatever it may: 0 c, 1-3 s, 4 c, 5-6 s, 7 c.
-SKIPPING = TeaCacheConfig(
-    rel_l1_thresh=1e6, coefficients=(1.0, 0.0), max_consecutive_skips=3, num_inference_steps=STEPS
-)
-SKIPPED = {1, 2, 3, 5, 6}
-EXACT = TeaCacheConfig(rel_l1_thresh=0, num_inference_steps=STEPS)
-
-
-@contextmanager
-def teacache(model: Any, config: TeaCacheConfig) -> Iterator[Any]:
-    adapter = TeaCacheAdapter(config)
-    hook = adapter.apply(model)
-    try:
-        yield hook
-    finally:
-        adapter.remove(model)
-
-
-def run(config: TeaCacheConfig, edit: Edit = EDIT, steps: int = STEPS, **model: Any) -> dict[str, list[torch.Tensor]]:
-    """A run on a fresh model."""
-    transformer = qwen_transformer(**model)
-    with teacache(transformer, config):
-        return velocities(transformer, edit, steps)
 
 
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
@@ -263,82 +235,6 @@ def test_controlnet_residuals_pass_through() -> None:
     assert equal(run(EXACT, edit), stock)
     found = run(SKIPPING, edit)["cond"]
     assert {step for step in range(STEPS) if not torch.equal(found[step], stock["cond"][step])} == SKIPPED
-
-
-def test_an_exception_in_the_middle_leaves_nothing_for_the_next_run() -> None:
-    for step_of_failure in (1, 5):  # after a computed step, and within a later one
-        model = qwen_transformer()
-        with teacache(model, SKIPPING.model_copy(update={"max_consecutive_skips": 1})):
-            config_run = velocities(model, EDIT, STEPS)
-            velocities(model, EDIT, STEPS, stop=step_of_failure)
-            fail_in(model.transformer_blocks[1])
-            with pytest.raises(RuntimeError, match="injected"):
-                velocities(model, EDIT.with_seed(7), STEPS)
-            # Same timesteps, other pictures, no run in between that ended well.
-            after = velocities(model, EDIT.with_seed(8), STEPS)
-        fresh = run(SKIPPING.model_copy(update={"max_consecutive_skips": 1}), EDIT.with_seed(8))
-        assert equal(after, fresh)
-        assert not equal(after, config_run)
-
-
-def test_an_exception_frees_the_memory() -> None:
-    model = qwen_transformer()
-    with teacache(model, SKIPPING) as hook:
-        velocities(model, EDIT, STEPS, stop=3)
-        assert hook.bytes_held == 2 * EDIT.noise * 32 * 4  # one residual, one signal
-        handle = fail_in(model.proj_out)
-        with pytest.raises(RuntimeError, match="injected"), torch.no_grad():
-            model(**EDIT.kwargs(EDIT.latents(), 0.1))
-        assert hook.bytes_held == 0
-        handle.remove()
-
-
-OTHER_RUNS = {
-    "the same again": EDIT,
-    "other pictures of the same size": EDIT.with_seed(5),
-    "another size": replace(EDIT, shapes=((1, 6, 4), (1, 6, 4))),
-    "as many tokens, laid out otherwise": replace(EDIT, shapes=((1, 6, 4), (1, 4, 4))),
-    "another batch size": replace(EDIT, batch=3),
-    "guidance": GUIDED,
-}
-
-
-@pytest.mark.parametrize("other", OTHER_RUNS.values(), ids=OTHER_RUNS)
-@pytest.mark.parametrize("stop", [None, 1, 3])  # 3: broken off at a skipped step, as by an interrupt
-def test_a_run_behind_another_is_that_of_a_fresh_model(other: Edit, stop: int | None) -> None:
-    model = qwen_transformer()
-    with teacache(model, SKIPPING):
-        velocities(model, EDIT, STEPS, stop=stop)
-        after = velocities(model, other, STEPS)
-    assert equal(after, run(SKIPPING, other))
-
-
-def test_a_change_of_dtype_starts_anew() -> None:
-    model, half = qwen_transformer(), replace(EDIT, dtype=torch.bfloat16)
-    with teacache(model, SKIPPING):
-        velocities(model, EDIT, STEPS, stop=3)
-        model.to(torch.bfloat16)
-        after = velocities(model, half, STEPS)
-    fresh = qwen_transformer().to(torch.bfloat16)
-    with teacache(fresh, SKIPPING):
-        assert equal(after, velocities(fresh, half, STEPS))
-
-
-def test_another_number_of_steps_is_read_from_the_scheduler() -> None:
-    pipe = Pipeline(qwen_transformer())
-    config = SKIPPING.model_copy(update={"num_inference_steps": None})
-    patterns = []
-    with teacache(pipe, config), torch.no_grad():
-        for steps in (4, 6, 3):
-            pipe.scheduler.set_timesteps(steps)
-            latents, pattern = EDIT.latents(), ""
-            for t in pipe.scheduler.timesteps:
-                with counted(pipe.transformer.transformer_blocks[:1]) as ran:
-                    output = pipe.transformer(**EDIT.kwargs(latents, float(t) / 1000))[0][:, : EDIT.noise]
-                pattern += "c" if ran else "."
-                latents = pipe.scheduler.step(output, t, latents)[0]
-            patterns.append(pattern)
-    assert patterns == ["c..c", "c...cc", "c.c"]
 
 
 def test_a_bare_transformer_whose_steps_nobody_counts_says_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -235,9 +235,7 @@ def _conditioning(
     return module.time_text_embed(timestep, guidance, image, additional_t_cond), modulate_index
 
 
-def _controlnet(
-    residuals: Sequence[torch.Tensor] | None, blocks: int
-) -> Callable[[torch.Tensor, int], torch.Tensor]:
+def _controlnet(residuals: Sequence[torch.Tensor] | None, blocks: int) -> Callable[[torch.Tensor, int], torch.Tensor]:
     """Adds the ControlNet residual of block `index`; several neighbouring blocks share one."""
     if residuals is None:
         return lambda image, index: image

@@ -81,9 +81,7 @@ class RunClock:
         self._forget()
 
     @contextmanager
-    def call(
-        self, module: nn.Module, announced: Any, forward_kwargs: Mapping[str, Any]
-    ) -> Iterator[DenoisingCall]:
+    def call(self, module: nn.Module, announced: Any, forward_kwargs: Mapping[str, Any]) -> Iterator[DenoisingCall]:
         """The call that is about to happen; an exception in it ends the run."""
         if self._current is not None:
             yield self._current

@@ -72,9 +72,7 @@ class ReferenceAttention:
         if self._is_stock():
             masks = {"attention_mask": attention_mask, "encoder_hidden_states_mask": encoder_hidden_states_mask}
             given = {name: mask for name, mask in masks.items() if mask is not None}
-            return self.stock(
-                attn, hidden_states, encoder_hidden_states, image_rotary_emb=image_rotary_emb, **given
-            )
+            return self.stock(attn, hidden_states, encoder_hidden_states, image_rotary_emb=image_rotary_emb, **given)
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
         joint = self._adapter.joint_qkv(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
@@ -93,9 +91,7 @@ class ReferenceAttention:
         return self._adapter.project_attention(attn, attended, joint.prefix)
 
 
-def _key_mask(
-    attention_mask: torch.Tensor | None, text_mask: torch.Tensor | None, keys: int
-) -> torch.Tensor | None:
+def _key_mask(attention_mask: torch.Tensor | None, text_mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:
     """Mask over all keys, `(B, 1, 1, T + N + R)`: text as `text_mask` `(B, T)` says, every image token visible."""
     if text_mask is None:
         return attention_mask

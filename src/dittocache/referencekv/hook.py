@@ -70,8 +70,7 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
             attention.set_processor(stand_in)
             self._attention.append((attention, stand_in))
         self._handles = [
-            block.register_forward_pre_hook(self._cut_block, with_kwargs=True)
-            for block in self._adapter.blocks(module)
+            block.register_forward_pre_hook(self._cut_block, with_kwargs=True) for block in self._adapter.blocks(module)
         ]
         self._kept = RunKV(len(modules))
         return module

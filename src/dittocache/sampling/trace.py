@@ -87,9 +87,7 @@ class Trace:
 def _describe(steps: Sequence[StepRecord]) -> str:
     """`c` a computed step, `r` one with kept references, `.` a skipped one."""
     marks = {"skipped": "."}
-    pattern = "".join(
-        marks.get(step.decision, "r" if step.references == "reused" else "c") for step in steps
-    )
+    pattern = "".join(marks.get(step.decision, "r" if step.references == "reused" else "c") for step in steps)
     skipped = pattern.count(".")
     reused = pattern.count("r")
     words = [f"{len(steps)} steps", f"{len(steps) - skipped} computed", f"{skipped} skipped"]

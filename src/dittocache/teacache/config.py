@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import AliasChoices, ConfigDict, Field
+from typing import Self
+
+from pydantic import AliasChoices, ConfigDict, Field, FiniteFloat, model_validator
 
 from dittocache.settings import Settings
 
@@ -20,10 +22,10 @@ class TeaCacheConfig(Settings):
     )
     """Accumulated rescaled distance up to which the cached residual is reused; 0 computes every step."""
 
-    coefficients: tuple[float, ...] | None = Field(default=None, min_length=1)
+    coefficients: tuple[FiniteFloat, ...] | None = Field(default=None, min_length=1)
     """Rescaling polynomial, highest power first, of any degree; the family's default when left out."""
 
-    fitted_range: tuple[float, float] | None = None
+    fitted_range: tuple[FiniteFloat, FiniteFloat] | None = None
     """Distances (lowest, highest) that `coefficients` were fitted on; a step farther away is computed."""
 
     model_type: str | None = None
@@ -40,3 +42,11 @@ class TeaCacheConfig(Settings):
 
     num_inference_steps: int | None = Field(default=None, ge=1)
     """Number of steps of a run, needed only where it cannot be read from the pipeline's scheduler."""
+
+    @model_validator(mode="after")
+    def _range_is_ordered(self) -> Self:
+        if self.fitted_range is not None and not 0 <= self.fitted_range[0] < self.fitted_range[1]:
+            raise ValueError(
+                f"fitted_range must be (lowest, highest) distance with 0 <= lowest < highest, found {self.fitted_range}"
+            )
+        return self

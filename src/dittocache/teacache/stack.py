@@ -28,9 +28,7 @@ class BlockStack(Protocol):
         """Undo `attach`."""
         ...
 
-    def extract(
-        self, module: nn.Module, forward_kwargs: Mapping[str, Any], layout: TokenLayout | None
-    ) -> CacheContext:
+    def extract(self, module: nn.Module, forward_kwargs: Mapping[str, Any], layout: TokenLayout | None) -> CacheContext:
         """The context of this step without running the blocks."""
         ...
 
@@ -81,9 +79,7 @@ class StockStack:
         self._handles = []
         self._input = self._output = None
 
-    def extract(
-        self, module: nn.Module, forward_kwargs: Mapping[str, Any], layout: TokenLayout | None
-    ) -> CacheContext:
+    def extract(self, module: nn.Module, forward_kwargs: Mapping[str, Any], layout: TokenLayout | None) -> CacheContext:
         """Embedding and modulation of the noise tokens; text and references cost nothing here."""
         noise = dict(forward_kwargs) if layout is None else self._adapter.noise_only(forward_kwargs, layout)
         return self._adapter.extract_context(module, **noise)
@@ -124,9 +120,7 @@ class ExtractorStack:
     def detach(self) -> None:
         """Nothing was watched."""
 
-    def extract(
-        self, module: nn.Module, forward_kwargs: Mapping[str, Any], layout: TokenLayout | None
-    ) -> CacheContext:
+    def extract(self, module: nn.Module, forward_kwargs: Mapping[str, Any], layout: TokenLayout | None) -> CacheContext:
         """The extractor's context, validated."""
         context = self._extractor(module, **forward_kwargs)
         context.validate()
