@@ -143,15 +143,17 @@ def _check_bundled(inputs: RunInputs, problems: list[str]) -> None:
 
 
 def _check_data(inputs: RunInputs, problems: list[str]) -> None:
-    def usable(read: Callable[[], list[Sample]]) -> None:
-        for sample in read():
-            with _listed(problems):
+    sets: dict[str, Callable[[], list[Sample]]] = {
+        "data.path": lambda: inputs.samples,
+        "held_out": lambda: inputs.held_out,
+    }
+    for field, read in sets.items():
+        samples: list[Sample] = []
+        with _listed(problems, f"{field}: "):
+            samples = read()
+        for sample in samples:
+            with _listed(problems, f"{field}: "):
                 inputs.family.artifacts(sample, inputs.sizes)
-
-    with _listed(problems, "data.path: "):
-        usable(lambda: inputs.samples)
-    with _listed(problems, "held_out: "):
-        usable(lambda: inputs.held_out)
 
 
 @contextmanager

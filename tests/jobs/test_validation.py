@@ -1,0 +1,140 @@
+"""Everything is checked before anything heavy, and every problem is listed at once."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dittocache.config import RunConfig, check_config
+from dittocache.errors import ConfigError
+from dittocache.events import EventLog, read_events
+from dittocache.jobs import inputs as run_inputs
+from dittocache.jobs import validation
+from dittocache.jobs.inputs import RunInputs, resolve_device
+from dittocache.jobs.validation import folder_problems, model_problems, validate
+
+
+def changed(config: RunConfig, overrides: dict[str, Any]) -> RunConfig:
+    return check_config(config.model_dump(), overrides)
+
+
+def problems_of(config: RunConfig) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        validate(RunInputs(config, config.run_dir), EventLog(config.run_dir / "events.jsonl", "validate"))
+    return caught.value.problems
+
+
+def test_a_sound_run_says_what_it_will_encode(config: RunConfig) -> None:
+    log = EventLog(config.run_dir / "events.jsonl", "validate")
+    validate(RunInputs(config, config.run_dir), log)
+    results: dict[str, Any] = {}
+    for event in read_events(log.path):
+        results |= event
+    assert (results["samples"], results["held_out"], results["family"]) == (4, 2, "qwen-image-edit-plus")
+    assert results["cached"] == {}
+    assert results["plan"]["misses"] == 28
+    assert results["artifacts"]["image_latents"] == {"encoder": "vae", "records": 4, "missing": 4}
+    assert not (config.run_dir / "manifest.json").exists()
+
+
+def test_every_problem_is_listed_at_once_with_its_field(config: RunConfig, tmp_path: Path) -> None:
+    (config.data.path / "training_images" / "edit-1.txt").unlink()
+    (config.data.path / "control_images" / "edit-2.png").write_bytes(b"no picture")
+    assert config.held_out is not None
+    (config.held_out / "training_images" / "edit-0.txt").write_text("")
+    broken = tmp_path / "broken"
+    shutil.copytree(config.model.path, broken)
+    shutil.rmtree(broken / "vae")
+    (broken / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / "file").write_text("")
+    found = problems_of(
+        changed(
+            config,
+            {
+                "model.path": str(broken),
+                "model.device": "cuda:7",
+                "cache.cache_dir": str(tmp_path / "file"),
+                "cache.devices": {"vae": "gpu"},
+                "generate.image": [str(tmp_path / "none.png")],
+                "generate.prompt": "x",
+            },
+        )
+    )
+    text = "\n".join(found)
+    assert "model.device: 'cuda:7' is not there" in text
+    assert "cache.devices.vae: found 'gpu'" in text
+    assert "lists the component 'vae', but its folder is missing" in text
+    assert "transformer holds no weights" in text
+    assert "data.path: " in text
+    assert "edit-1.png: no caption" in text
+    assert "edit-2.png" in text
+    assert "held_out: " in text
+    assert "edit-0.txt: the caption is empty" in text
+    assert f"cache.cache_dir: {tmp_path / 'file'} is a file" in text
+    assert "generate.image.0: there is no file" in text
+    assert len(found) == 9
+
+
+def test_a_missing_model_and_an_unknown_family_are_told_with_the_rest(config: RunConfig, tmp_path: Path) -> None:
+    found = problems_of(
+        changed(
+            config, {"model.path": str(tmp_path / "nowhere"), "cache.cache_dir": "/proc/none", "model.family": "qwn"}
+        )
+    )
+    text = "\n".join(found)
+    assert "no model family 'qwn'" in text
+    assert "nowhere" in text
+    assert "cache.cache_dir: " in text
+
+
+def test_a_set_without_controls_is_no_set_for_an_edit_family(config: RunConfig) -> None:
+    shutil.rmtree(config.data.path / "control_images")
+    found = problems_of(config)
+    assert len(found) == 4
+    assert all("has no control picture" in problem and problem.startswith("data.path: ") for problem in found)
+
+
+def test_the_bundled_model_at_a_real_size_is_refused(config: RunConfig) -> None:
+    found = problems_of(changed(config, {"model.path": "bundled", "data.resolution": 1024}))
+    assert any("data.resolution: found 1024" in problem for problem in found)
+
+
+def test_too_little_disk_for_the_missing_records(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "needed_bytes", lambda plan: 10**18)
+    with pytest.raises(ConfigError, match=r"cache\.cache_dir: about 1000000000\.0 GB are needed"):
+        validate(RunInputs(config, config.run_dir), EventLog(config.run_dir / "events.jsonl", "validate"))
+
+
+def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    assert folder_problems("f", tmp_path / "not" / "there" / "yet") == []
+    assert "is a file" in folder_problems("f", tmp_path / "file")[0]
+    assert "is a file" in folder_problems("f", tmp_path / "file" / "below")[0]
+    assert not (tmp_path / "not").exists()  # checking makes nothing
+    monkeypatch.setattr(validation, "FREE_BYTES", 10**18)
+    assert "are free on the disk" in folder_problems("f", tmp_path)[0]
+
+    def denied(dir: Path) -> None:  # noqa: A002
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(validation.tempfile, "TemporaryFile", denied)
+    assert folder_problems("cache.cache_dir", tmp_path) == [
+        f"cache.cache_dir: {tmp_path} cannot be written (Permission denied)"
+    ]
+
+
+def test_a_whole_checkpoint_has_no_problems(tiny_model: Path) -> None:
+    assert model_problems(str(tiny_model)) == []
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_device("cpu", "model.device") == "cpu"
+    monkeypatch.setattr(run_inputs.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(run_inputs.torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("auto", "model.device") == "cuda"
+    assert resolve_device("cuda:1", "model.device") == "cuda:1"
+    with pytest.raises(ConfigError, match=r"model\.device: 'cuda:2' is not there; this machine has 2"):
+        resolve_device("cuda:2", "model.device")
