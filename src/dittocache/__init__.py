@@ -12,14 +12,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dittocache.config import RunConfig as RunConfig
     from dittocache.config import load_config as load_config
+    from dittocache.embeddings.manifest import Manifest as Manifest
+    from dittocache.embeddings.reader import CachedSamples as CachedSamples
+    from dittocache.embeddings.store import Store as Store
     from dittocache.errors import CacheError as CacheError
     from dittocache.errors import ConfigError as ConfigError
     from dittocache.errors import DataError as DataError
     from dittocache.errors import DittocacheError as DittocacheError
     from dittocache.errors import ModelError as ModelError
+    from dittocache.errors import RecordCorruptError as RecordCorruptError
+    from dittocache.errors import RecordMissingError as RecordMissingError
     from dittocache.errors import ReferenceCacheError as ReferenceCacheError
     from dittocache.errors import StageError as StageError
     from dittocache.errors import StepCacheError as StepCacheError
+    from dittocache.errors import StoreUnavailableError as StoreUnavailableError
+    from dittocache.families.base import CacheContext as CacheContext
     from dittocache.quality.metrics import psnr as psnr
     from dittocache.quality.metrics import ssim as ssim
     from dittocache.referencekv.config import ReferenceKVConfig as ReferenceKVConfig
@@ -27,32 +34,49 @@ if TYPE_CHECKING:
     from dittocache.sampling.generate import generate as generate
     from dittocache.sampling.session import cached as cached
     from dittocache.sampling.trace import Trace as Trace
+    from dittocache.teacache.adapter import TeaCacheAdapter as TeaCacheAdapter
+    from dittocache.teacache.apply import setup_cache as setup_cache
     from dittocache.teacache.config import TeaCacheConfig as TeaCacheConfig
+    from dittocache.teacache.extractors import EXTRACTOR_REGISTRY as EXTRACTOR_REGISTRY
+    from dittocache.teacache.extractors import get_extractor as get_extractor
+    from dittocache.teacache.extractors import register_extractor as register_extractor
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CacheContext": "dittocache.families.base",
     "CacheError": "dittocache.errors",
+    "CachedSamples": "dittocache.embeddings.reader",
     "ConfigError": "dittocache.errors",
     "DataError": "dittocache.errors",
     "DittocacheError": "dittocache.errors",
+    "EXTRACTOR_REGISTRY": "dittocache.teacache.extractors",
     "GenerateConfig": "dittocache.sampling.config",
+    "Manifest": "dittocache.embeddings.manifest",
     "ModelError": "dittocache.errors",
+    "RecordCorruptError": "dittocache.errors",
+    "RecordMissingError": "dittocache.errors",
     "ReferenceCacheError": "dittocache.errors",
     "ReferenceKVConfig": "dittocache.referencekv.config",
     "RunConfig": "dittocache.config",
     "StageError": "dittocache.errors",
     "StepCacheError": "dittocache.errors",
+    "Store": "dittocache.embeddings.store",
+    "StoreUnavailableError": "dittocache.errors",
+    "TeaCacheAdapter": "dittocache.teacache.adapter",
     "TeaCacheConfig": "dittocache.teacache.config",
     "Trace": "dittocache.sampling.trace",
     "cached": "dittocache.sampling.session",
     "generate": "dittocache.sampling.generate",
+    "get_extractor": "dittocache.teacache.extractors",
     "load_config": "dittocache.config",
     "psnr": "dittocache.quality.metrics",
+    "register_extractor": "dittocache.teacache.extractors",
+    "setup_cache": "dittocache.teacache.apply",
     "ssim": "dittocache.quality.metrics",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
