@@ -46,6 +46,8 @@ def save_module(module: nn.Module, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         fresh = Path(scratch) / "fresh"
         narrow.save_pretrained(fresh, max_shard_size=SHARD_SIZE)  # type: ignore[operator]
+        for file in fresh.iterdir():
+            file.chmod(0o644)  # safetensors writes files that only their owner reads
         _replace(fresh, folder, Path(scratch) / "old")
 
 
