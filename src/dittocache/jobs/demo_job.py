@@ -14,11 +14,13 @@ SETTINGS: Mapping[str, Any] = {
     "data": {"resolution": 128, "condition_resolution": 64},
     "cache": {"cache_dir": "cache/demo"},
     "train": {
-        "steps": 300,
-        "batch_size": 8,
+        "steps": 200,
+        "batch_size": 4,
         "learning_rate": 2e-3,
         "warmup_steps": 10,
         "rank": 16,
+        "timestep_sampling": "shifted",  # a restyled picture is decided at high noise: +2 dB over logit-normal
+        "timestep_shift": 3.0,
         "checkpoint_every": 100,
     },
     "generate": {"num_inference_steps": 28},
