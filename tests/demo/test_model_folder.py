@@ -8,20 +8,20 @@ import pytest
 import torch
 import transformers
 from diffusers import QwenImageEditPlusPipeline
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
 from PIL import Image
 from safetensors import safe_open
 
 from dittocache.demo.edits import NEW_INSTRUCTION, PHRASES, instructions
-from dittocache.demo.model import ASSETS, MODEL_DIR, SAMPLES_DIR, load_pipeline, load_processor
+from dittocache.demo.model import ASSETS, MODEL_DIR, SAMPLES_DIR, load_pipeline
 from dittocache.demo.scenes import COLOURS, SHAPES
-from dittocache.demo.sizes import pipeline_sizes
 from dittocache.demo.train.tokenizer import prefix_lengths
+from dittocache.errors import ModelError
+from dittocache.families.qwen_processor import load_still_image_processor
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return load_processor()
+    return load_still_image_processor(str(MODEL_DIR))
 
 
 def test_template_prefixes_are_exactly_what_the_pipelines_drop(processor):
@@ -70,16 +70,8 @@ def test_weights_are_sixteen_bit_finite_and_small():
 
 
 def test_a_missing_model_is_explained(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"dittocache\.demo\.train all"):
+    with pytest.raises(ModelError, match=r"dittocache\.demo\.train all"):
         load_pipeline(folder=tmp_path)
-
-
-def test_sizes_are_restored_also_after_an_error():
-    before = edit_plus.VAE_IMAGE_SIZE, edit_plus.CONDITION_IMAGE_SIZE
-    with pytest.raises(RuntimeError), pipeline_sizes(1, 2):
-        assert (edit_plus.VAE_IMAGE_SIZE, edit_plus.CONDITION_IMAGE_SIZE) == (1, 2)
-        raise RuntimeError
-    assert before == (edit_plus.VAE_IMAGE_SIZE, edit_plus.CONDITION_IMAGE_SIZE)
 
 
 def test_processor_expands_one_placeholder_an_image(processor):

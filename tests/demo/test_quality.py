@@ -3,8 +3,9 @@
 import pytest
 
 from dittocache.demo.edits import EXACT_KINDS, evaluation_edits
-from dittocache.demo.evaluate import carried_out, psnr, rest_kept, run_edits, summarise
+from dittocache.demo.evaluate import carried_out, rest_kept, run_edits, summarise
 from dittocache.demo.model import load_pipeline
+from dittocache.quality.metrics import psnr
 
 # Bounds for ten edits, two of each kind; the figures for all 64 are in the training log's evaluation.json.
 LEAST_SHARE = 0.8

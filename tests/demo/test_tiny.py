@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dittocache.demo.sizes import pipeline_sizes
+from dittocache.demo.model import DEMO_SIZES
 from dittocache.demo.tiny import tiny_pipeline
 from dittocache.errors import ModelError
+from dittocache.families.qwen_image_sizes import pipeline_sizes
 
 NAMES = ["qwen-image-edit-plus", "qwen-image", "flux"]
 
@@ -22,7 +23,7 @@ def _picture(pipe: Any, prompt: str, shade: int = 0, seed: int = 0) -> torch.Ten
         options["image"] = [Image.linear_gradient("L").convert("RGB").point(lambda value: (value + shade) % 256)]
     if "Qwen" in type(pipe).__name__:
         options["true_cfg_scale"] = 1.0
-    with pipeline_sizes():
+    with pipeline_sizes(DEMO_SIZES):
         latents: torch.Tensor = pipe(
             prompt=prompt,
             height=64,

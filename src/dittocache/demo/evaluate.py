@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import QwenImageEditPlusPipeline
 from PIL import Image
 
 from dittocache.demo.edits import EXACT_KINDS, Edit, evaluation_edits
-from dittocache.demo.model import MODEL_DIR, load_pipeline
+from dittocache.demo.model import DEMO_SIZES, MODEL_DIR, load_pipeline
 from dittocache.demo.scenes import SIZE
-from dittocache.demo.sizes import pipeline_sizes
+from dittocache.families.qwen_image_sizes import pipeline_sizes
+from dittocache.quality.metrics import psnr
 
 STEPS = 28
 EDITED_THRESHOLD = 12.0  # mean absolute difference over RGB, of 255, from which a pixel counts as edited
@@ -33,12 +33,6 @@ class Outcome:
     psnr: float
     carried_out: bool
     rest_kept: bool
-
-
-def psnr(first: Image.Image, second: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB of two RGB images of one size; infinite where they are equal."""
-    error = np.mean((_array(first) - _array(second)) ** 2)
-    return float(10 * np.log10(255.0**2 / error)) if error > 0 else float("inf")
 
 
 def carried_out(result: Image.Image, source: Image.Image, target: Image.Image) -> bool:
@@ -67,7 +61,7 @@ def _array(image: Image.Image) -> np.ndarray:
 
 
 def generate(
-    pipeline: QwenImageEditPlusPipeline,
+    pipeline: Any,
     source: Image.Image,
     instruction: str,
     seed: int = 0,
@@ -76,7 +70,7 @@ def generate(
 ) -> Image.Image:
     """Edit one 128x128 picture with the stock pipeline call, without guidance unless `call` says otherwise."""
     options = {"true_cfg_scale": 1.0} | call
-    with pipeline_sizes():
+    with pipeline_sizes(DEMO_SIZES):
         output = pipeline(
             image=[source],
             prompt=instruction,
@@ -91,7 +85,7 @@ def generate(
 
 
 def run_edits(
-    pipeline: QwenImageEditPlusPipeline, edits: Sequence[Edit], steps: int = STEPS
+    pipeline: Any, edits: Sequence[Edit], steps: int = STEPS
 ) -> tuple[list[Outcome], list[tuple[Image.Image, Image.Image, Image.Image]]]:
     """Carry out edits, edit number i with seed i; return the outcomes and (source, result, target) pictures."""
     outcomes, pictures = [], []

@@ -3,52 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKLQwenImage,
-    FlowMatchEulerDiscreteScheduler,
-    QwenImageEditPlusPipeline,
-    QwenImageTransformer2DModel,
-)
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from dittocache.families.qwen_processor import StillImageProcessor
+from dittocache.errors import ModelError
+from dittocache.families.base import Sizes
+from dittocache.families.loading import component_names
+from dittocache.families.registry import get_family
 
 ASSETS = Path(__file__).parent / "assets"
 MODEL_DIR = ASSETS / "model"
 SAMPLES_DIR = ASSETS / "samples"
 
-
-def load_processor(folder: Path = MODEL_DIR) -> StillImageProcessor:
-    """Build the processor from a model folder without torchvision."""
-    image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder / "processor")
-    tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
-    return StillImageProcessor(image_processor, tokenizer)
+DEMO_SIZES = Sizes(resolution=128, condition_resolution=64)
+"""What the model was trained on: 64 packed latent tokens a picture, 4 image tokens for the text encoder."""
 
 
 def load_pipeline(
     dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", folder: Path = MODEL_DIR
-) -> QwenImageEditPlusPipeline:
-    """Load the bundled pipeline, its weights widened from 16 bits on disk to `dtype`.
+) -> Any:
+    """Load the bundled `QwenImageEditPlusPipeline`, its weights widened from 16 bits on disk to `dtype`.
 
-    Call it inside `dittocache.demo.sizes.pipeline_sizes()` with `height=128, width=128`: the stock defaults are
-    1024x1024. Raises FileNotFoundError where the model folder is missing.
+    Call it inside `pipeline_sizes(DEMO_SIZES)` with `height=128, width=128`: the stock defaults are 1024x1024. Raises
+    ModelError where the model folder is missing.
     """
     if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(
+        raise ModelError(
             f"{folder} holds no model_index.json; the bundled model is missing. "
             "Train it with `python -m dittocache.demo.train all`"
         )
-    processor = load_processor(folder)
-    pipeline = QwenImageEditPlusPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
-        vae=AutoencoderKLQwenImage.from_pretrained(folder / "vae", dtype=dtype),
-        text_encoder=Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder", dtype=dtype),
-        tokenizer=processor.tokenizer,
-        processor=processor,
-        transformer=QwenImageTransformer2DModel.from_pretrained(folder / "transformer", dtype=dtype),
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    family = get_family("qwen-image-edit-plus")
+    return family.load_pipeline(str(folder), component_names(folder), dtype, device)

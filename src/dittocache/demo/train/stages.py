@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from dittocache.demo.train.encode import CHUNK
 
@@ -80,7 +80,7 @@ def _spawn(worker: Callable[[int, Options], None], options: Options) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29517")
-    mp.spawn(worker, args=(options,), nprocs=options.processes, join=True)
+    spawn(worker, args=(options,), nprocs=options.processes, join=True)  # type: ignore[no-untyped-call]
 
 
 def _encode_worker(rank: int, options: Options) -> None:
