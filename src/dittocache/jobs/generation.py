@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,13 +103,20 @@ def cached_ways(inputs: RunInputs) -> list[Way]:
         ways.append(Way("Reference KV", "cached", refresh, reference_kv=reference_kv))
     if teacache is not None and reference_kv is not None:
         settings = f"{threshold}, {refresh}"
-        ways.append(Way("Both", "cached", settings, teacache=teacache, reference_kv=reference_kv))
+        ways.append(Way("TeaCache + reference KV", "cached", settings, teacache=teacache, reference_kv=reference_kv))
     return ways
 
 
-def steps_of_equal_cost(steps: int, uncached_seconds: float, cached_seconds: float) -> int:
-    """Plain steps that take about as long as the cached run did: the honest baseline."""
-    return min(steps, max(1, math.ceil(steps * cached_seconds / max(uncached_seconds, 1e-9) - 0.5)))
+def steps_of_equal_cost(steps: int, seconds: float, half_seconds: float, cached_seconds: float) -> int:
+    """Plain steps that take about as long as the cached run did: the honest baseline.
+
+    A picture costs a fixed time (encoders, decoder) and a time a step; both follow from the seconds of all `steps`
+    and of half of them (`steps // 2`).
+    """
+    step_seconds = (seconds - half_seconds) / max(1, steps - steps // 2)
+    if step_seconds <= 0:  # so few or so small steps that their time drowns in noise
+        return max(1, steps // 2)
+    return min(steps, max(1, round(steps - (seconds - cached_seconds) / step_seconds)))
 
 
 class _Maker:
@@ -126,6 +132,10 @@ class _Maker:
     def warm_up(self, edit: Edit) -> None:
         """Two steps that nobody sees: the first call allocates and would be timed with it."""
         self._generate(edit, 0, Way("warm-up", "uncached", steps=2))
+
+    def seconds_of(self, edit: Edit, steps: int) -> float:
+        """Wall seconds of an edit that nobody sees, in so many plain steps."""
+        return self._generate(edit, 0, Way("timing", "uncached", steps=steps)).seconds
 
     def make(self, edit: Edit, number: int, way: Way) -> Picture:
         """One edit; its noise depends on its number alone."""
@@ -157,7 +167,9 @@ def _compared(inputs: RunInputs, maker: _Maker, edits: Sequence[Edit]) -> list[d
         for number, edit in enumerate(edits):
             rows[number].append(_variant(maker, edit, number, way))
     means = [sum(row[index]["seconds"] for row in rows) / len(rows) for index in range(len(ways))]
-    steps = steps_of_equal_cost(inputs.config.generate.num_inference_steps, means[0], min(means[1:]))
+    all_steps = inputs.config.generate.num_inference_steps
+    half_seconds = maker.seconds_of(edits[0], max(1, all_steps // 2))
+    steps = steps_of_equal_cost(all_steps, means[0], half_seconds, min(means[1:]))
     fewer = Way(f"{steps} plain steps", "fewer_steps", "about the time of the fastest cache", steps=steps)
     for number, edit in enumerate(edits):
         rows[number].append(_variant(maker, edit, number, fewer))
