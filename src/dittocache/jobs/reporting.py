@@ -137,7 +137,7 @@ def _cached(inputs: RunInputs, found: Findings) -> CachedSection | None:
             )
         )
     seconds = sum(float(found.of(stage).get("seconds", 0.0)) for stage in ("cache_latents", "cache_text"))
-    return CachedSection(tuple(rows), seconds=seconds)
+    return CachedSection(tuple(rows), seconds=seconds or None)  # an earlier run's encoding was not timed here
 
 
 def _training_speed(found: Findings) -> TrainingSpeedSection | None:

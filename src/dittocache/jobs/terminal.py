@@ -76,7 +76,7 @@ class TerminalListener:
         outcome = "; ".join(self._outcome)
         seconds = f" in {_duration(event['seconds'])}" if event["seconds"] >= 0.05 else ""
         title = f"{_title(event['stage'])}: " if not seconds else "  done: " if outcome else "  done"
-        self.console.print(f"{title}{outcome}{seconds}", markup=False, style="green")
+        self.console.print(f"{title}{outcome}{seconds}", markup=False, style="green", soft_wrap=True)
 
 
 def describe_result(event: Event) -> list[str]:
