@@ -236,3 +236,8 @@ class TestSpecSpellings:
 def test_every_setting_is_described() -> None:
     undescribed = [name for name, field in setting_fields() if not field.description]
     assert not undescribed
+
+
+def test_one_picture_needs_no_brackets(tmp_path: Path) -> None:
+    content = {"model": {"path": "bundled"}, "data": {"path": tmp_path}, "generate": {"prompt": "a", "image": "a.png"}}
+    assert check_config(content).generate.image == [Path("a.png")]

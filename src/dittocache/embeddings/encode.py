@@ -130,7 +130,7 @@ class _EncoderRun:
         self._done: set[str] = set()
         self._pipe: Any = None
         if encoder is not None:
-            log.message(f"loading {encoder} of {plan.model} to encode {len(plan.missing(encoder))} samples")
+            log.message(f"loading {encoder} of {plan.model} for {len(plan.missing(encoder))} of the samples")
             components = [encoder, *family.encoders[encoder]]
             self._pipe = family.load_pipeline(plan.model, components, plan.dtype, device)
 

@@ -32,10 +32,12 @@ def validate(inputs: RunInputs, log: EventLog) -> None:
     _check_devices(inputs, problems)
     with _listed(problems):
         log.message(f"model {inputs.model} is a {inputs.family.name}")
-    with _listed(problems):
-        problems.extend(model_problems(inputs.model))
     _check_bundled(inputs, problems)
-    if _can(lambda: inputs.family):
+    family_known = _can(lambda: inputs.family)
+    if family_known or inputs.config.model.family is not None:  # else the line above says already that there is none
+        with _listed(problems):
+            problems.extend(model_problems(inputs.model))
+    if family_known:
         _check_data(inputs, problems)
     for field, folder in (("output_dir", inputs.config.output_dir), ("cache.cache_dir", inputs.config.cache.cache_dir)):
         problems.extend(folder_problems(field, folder))

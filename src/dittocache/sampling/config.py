@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from dittocache.settings import Settings
 
@@ -29,3 +30,8 @@ class GenerateConfig(Settings):
 
     seed: int = 0
     """Seed of the initial noise."""
+
+    @field_validator("image", mode="before")
+    @classmethod
+    def _one_picture_is_a_list_of_one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, (str, Path)) else value
