@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dittocache.config import RunConfig as RunConfig
     from dittocache.config import load_config as load_config
-    from dittocache.embeddings.manifest import Manifest as Manifest
-    from dittocache.embeddings.reader import CachedSamples as CachedSamples
-    from dittocache.embeddings.store import Store as Store
+    from dittocache.embeddings.planning.manifest import Manifest as Manifest
+    from dittocache.embeddings.reading.reader import CachedSamples as CachedSamples
+    from dittocache.embeddings.store.store import Store as Store
     from dittocache.errors import CacheError as CacheError
     from dittocache.errors import ConfigError as ConfigError
     from dittocache.errors import DataError as DataError
@@ -46,13 +46,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "CacheContext": "dittocache.families.base",
     "CacheError": "dittocache.errors",
-    "CachedSamples": "dittocache.embeddings.reader",
+    "CachedSamples": "dittocache.embeddings.reading.reader",
     "ConfigError": "dittocache.errors",
     "DataError": "dittocache.errors",
     "DittocacheError": "dittocache.errors",
     "EXTRACTOR_REGISTRY": "dittocache.teacache.extractors",
     "GenerateConfig": "dittocache.sampling.config",
-    "Manifest": "dittocache.embeddings.manifest",
+    "Manifest": "dittocache.embeddings.planning.manifest",
     "ModelError": "dittocache.errors",
     "RecordCorruptError": "dittocache.errors",
     "RecordMissingError": "dittocache.errors",
@@ -61,7 +61,7 @@ _HOMES = {
     "RunConfig": "dittocache.config",
     "StageError": "dittocache.errors",
     "StepCacheError": "dittocache.errors",
-    "Store": "dittocache.embeddings.store",
+    "Store": "dittocache.embeddings.store.store",
     "StoreUnavailableError": "dittocache.errors",
     "TeaCacheAdapter": "dittocache.teacache.adapter",
     "TeaCacheConfig": "dittocache.teacache.config",

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tests.embeddings.toy_family import Job, make_job
 
-from dittocache.embeddings import encode
+from dittocache.embeddings.encoding import encode
 
 
 @pytest.fixture

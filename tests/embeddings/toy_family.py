@@ -16,10 +16,10 @@ from PIL import Image
 
 from dittocache.data.digests import ContentIndex
 from dittocache.data.sample import Sample
-from dittocache.embeddings.encode import EncodeResult, encode_missing
-from dittocache.embeddings.manifest import Manifest
-from dittocache.embeddings.plan import Plan, make_plan
-from dittocache.embeddings.store import Store
+from dittocache.embeddings.encoding.encode import EncodeResult, encode_missing
+from dittocache.embeddings.planning.manifest import Manifest
+from dittocache.embeddings.planning.plan import Plan, make_plan
+from dittocache.embeddings.store.store import Store
 from dittocache.errors import DataError
 from dittocache.events import EventLog
 from dittocache.families.base import Artifact, ArtifactInput, Sizes, Tensors

@@ -11,10 +11,10 @@ import torch
 from dittocache.data.digests import ContentIndex
 from dittocache.data.sample import Sample
 from dittocache.demo.tiny import save_tiny
-from dittocache.embeddings.encode import encode_missing
-from dittocache.embeddings.plan import make_plan
-from dittocache.embeddings.reader import CachedSamples
-from dittocache.embeddings.store import Store
+from dittocache.embeddings.encoding.encode import encode_missing
+from dittocache.embeddings.planning.plan import make_plan
+from dittocache.embeddings.reading.reader import CachedSamples
+from dittocache.embeddings.store.store import Store
 from dittocache.events import EventLog
 from dittocache.families.base import Family, Sizes
 from dittocache.training.config import TrainConfig

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dittocache.embeddings.encode import EncodeResult, encode_missing
-from dittocache.embeddings.plan import Plan
+from dittocache.embeddings.encoding.encode import EncodeResult, encode_missing
+from dittocache.embeddings.planning.plan import Plan
 from dittocache.errors import CacheError
 from dittocache.events import EventLog
 from dittocache.jobs.inputs import RunInputs, complete_part, latent_encoders, text_encoders

@@ -14,9 +14,9 @@ from dittocache.data.config import DataConfig
 from dittocache.data.digests import ContentIndex
 from dittocache.data.folder import load_folder
 from dittocache.data.sample import Sample
-from dittocache.embeddings.manifest import Manifest
-from dittocache.embeddings.plan import Plan, make_plan
-from dittocache.embeddings.store import Store
+from dittocache.embeddings.planning.manifest import Manifest
+from dittocache.embeddings.planning.plan import Plan, make_plan
+from dittocache.embeddings.store.store import Store
 from dittocache.errors import CacheError, ConfigError
 from dittocache.families.base import Family, Sizes
 from dittocache.families.registry import family_of_model, get_family

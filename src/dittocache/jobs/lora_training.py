@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dittocache.embeddings.reader import CachedSamples
+from dittocache.embeddings.reading.reader import CachedSamples
 from dittocache.events import EventLog, Progress
 from dittocache.jobs.inputs import RunInputs, load_manifest
 from dittocache.jobs.run_folder import CHECKPOINTS_NAME, LORA_NAME

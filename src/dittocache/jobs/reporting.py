@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from dittocache.embeddings.manifest import Manifest
+from dittocache.embeddings.planning.manifest import Manifest
 from dittocache.errors import StageError
 from dittocache.events import Event, EventLog, read_events
 from dittocache.families.pictures import open_picture

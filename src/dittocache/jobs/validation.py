@@ -12,8 +12,8 @@ from typing import Any
 
 from dittocache.config import BUNDLED
 from dittocache.data.sample import Sample
-from dittocache.embeddings.identity import model_folder
-from dittocache.embeddings.plan import Plan
+from dittocache.embeddings.planning.identity import model_folder
+from dittocache.embeddings.planning.plan import Plan
 from dittocache.errors import ConfigError, DittocacheError
 from dittocache.events import EventLog
 from dittocache.families.loading import component_names

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from dittocache.data.sample import Sample
-from dittocache.embeddings.plan import Need, Plan
-from dittocache.embeddings.stopping import HeldSignals
-from dittocache.embeddings.store import Store
+from dittocache.embeddings.encoding.stopping import HeldSignals
+from dittocache.embeddings.planning.plan import Need, Plan
+from dittocache.embeddings.store.store import Store
 from dittocache.errors import CacheError, DataError, ModelError
 from dittocache.events import EventLog, Progress
 from dittocache.families.base import Family, Tensors

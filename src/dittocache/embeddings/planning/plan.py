@@ -12,11 +12,11 @@ import torch
 
 from dittocache.data.digests import ContentIndex, Snapshot
 from dittocache.data.sample import Sample
-from dittocache.embeddings.causes import causes
-from dittocache.embeddings.identity import encoder_identity
-from dittocache.embeddings.manifest import Manifest
+from dittocache.embeddings.planning.causes import causes
+from dittocache.embeddings.planning.identity import encoder_identity
+from dittocache.embeddings.planning.manifest import Manifest
 from dittocache.embeddings.recipe import Recipe, artifact_recipe, recipe_key
-from dittocache.embeddings.store import Store
+from dittocache.embeddings.store.store import Store
 from dittocache.errors import DataError, StoreUnavailableError
 from dittocache.families.base import Family, Sizes
 
@@ -114,6 +114,14 @@ class Plan:
                 covered.update(need.keys.values())
                 chosen.append(need.sample)
         return chosen
+
+    def work(self, encoder: str | None) -> list[Need]:
+        """What `encoder` still has to compute: each of its needs of which a record is missing, in order."""
+        return [need for need in self.needs.get(encoder, ()) if not self.stored.keys() >= set(need.keys.values())]
+
+    def recipe(self, key: str) -> Recipe:
+        """What the record of `key` is made from."""
+        return self.manifest.recipes[key]
 
     def describe(self) -> str:
         """The plan in a few lines for a terminal."""

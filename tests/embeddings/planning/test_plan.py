@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.embeddings.test_encode import assert_all_cached
+from tests.embeddings.encoding.test_encode import assert_all_cached
 from tests.embeddings.toy_family import Job, make_job, picture
 
 from dittocache.data.sample import Sample
 from dittocache.embeddings import recipe as recipe_module
-from dittocache.embeddings.manifest import Manifest
-from dittocache.embeddings.reader import CachedSamples
+from dittocache.embeddings.planning.manifest import Manifest
+from dittocache.embeddings.reading.reader import CachedSamples
 from dittocache.errors import DataError, RecordCorruptError, StoreUnavailableError
 from dittocache.families.base import Sizes
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.embeddings.toy_family import Job
 
-from dittocache.embeddings.manifest import Manifest
-from dittocache.embeddings.reader import BATCHES_AHEAD, CachedSamples
-from dittocache.embeddings.store import Store
+from dittocache.embeddings.planning.manifest import Manifest
+from dittocache.embeddings.reading.reader import BATCHES_AHEAD, CachedSamples
+from dittocache.embeddings.store.store import Store
 from dittocache.errors import CacheError, DataError, RecordCorruptError, RecordMissingError, StoreUnavailableError
 
 NAMES = st.text(min_size=1, max_size=6)

@@ -7,7 +7,7 @@ import os
 import secrets
 from pathlib import Path
 
-from dittocache.embeddings import writer_id
+from dittocache.embeddings.store import writer_id
 
 TEMPORARY_PATTERN = ".*.tmp"
 

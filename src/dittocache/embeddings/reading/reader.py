@@ -11,8 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from dittocache.embeddings.manifest import Manifest
-from dittocache.embeddings.store import Store
+from dittocache.embeddings.planning.manifest import Manifest
+from dittocache.embeddings.store.store import Store
 from dittocache.errors import DataError, RecordCorruptError, RecordMissingError
 from dittocache.families.base import Tensors
 

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, load_file
 
-from dittocache.embeddings import durable, writer_id
 from dittocache.embeddings.recipe import recipe_key
-from dittocache.embeddings.record import DTYPES, pack, unpack
-from dittocache.embeddings.store import Store
+from dittocache.embeddings.store import durable, writer_id
+from dittocache.embeddings.store.record import DTYPES, pack, unpack
+from dittocache.embeddings.store.store import Store
 from dittocache.errors import CacheError, RecordCorruptError, RecordMissingError, StoreUnavailableError
 
 RECIPE: dict[str, Any] = {"artifact": "prompt_embeds", "schema": 1, "inputs": ["é", 1.5, None]}
@@ -275,7 +275,7 @@ def test_a_record_that_was_mended_meanwhile_is_not_quarantined(store: Store, mon
         durable.replace_file(path_of(store), good)  # another process
         return unpack(content, key)
 
-    monkeypatch.setattr("dittocache.embeddings.store.unpack", mended_meanwhile)
+    monkeypatch.setattr("dittocache.embeddings.store.store.unpack", mended_meanwhile)
     with pytest.raises(RecordCorruptError, match="replaced it meanwhile"):
         store.read(KEY)
     monkeypatch.undo()

@@ -11,7 +11,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 import pytest
-from tests.embeddings.test_encode import assert_all_cached
+from tests.embeddings.encoding.test_encode import assert_all_cached
 from tests.embeddings.toy_family import Job, make_job
 
 KILLS = int(os.environ.get("DITTOCACHE_TEST_KILLS", "12"))

@@ -12,15 +12,16 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dittocache.embeddings import writer_id
-from dittocache.embeddings.durable import TEMPORARY_PATTERN, replace_file, sync_folder, writer_of
 from dittocache.embeddings.recipe import Recipe
-from dittocache.embeddings.record import LENGTH_BYTES, Header, header_length, pack, parse_header, unpack
+from dittocache.embeddings.store import writer_id
+from dittocache.embeddings.store.durable import TEMPORARY_PATTERN, replace_file, sync_folder, writer_of
+from dittocache.embeddings.store.record import LENGTH_BYTES, Header, header_length, pack, parse_header, unpack
 from dittocache.errors import CacheError, RecordCorruptError, RecordMissingError, StoreUnavailableError
 
 LAYOUT_VERSION = 1
@@ -37,6 +38,15 @@ _MEND = {
     errno.ENAMETOOLONG: "the path is too long for this file system: choose a shorter cache_dir",
     errno.ENOTDIR: "a part of the path is a file: choose another cache_dir",
 }
+
+
+@dataclass(frozen=True)
+class OpenRecord:
+    """An open file that holds a record: `length` bytes from `offset`."""
+
+    descriptor: int
+    offset: int
+    length: int
 
 
 class Store:
@@ -147,6 +157,15 @@ class Store:
         if len(key) != _KEY_LENGTH or not set(key) <= set("0123456789abcdef"):
             raise CacheError(f"{key!r} is no key; expected {_KEY_LENGTH} hex digits (recipe_key)")
         return self._objects / key[:2] / f"{key}{SUFFIX}"
+
+    @contextmanager
+    def opened(self, key: str) -> Iterator[OpenRecord]:
+        """Where the record's bytes are, for as long as the context lasts; nothing is verified.
+
+        Raises RecordMissingError; StoreUnavailableError when the folder cannot be read.
+        """
+        with self._opened(key) as descriptor:
+            yield OpenRecord(descriptor, 0, os.fstat(descriptor).st_size)
 
     @contextmanager
     def _opened(self, key: str) -> Iterator[int]:

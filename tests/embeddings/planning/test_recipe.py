@@ -15,7 +15,7 @@ from tests.embeddings.toy_family import Job
 
 from dittocache.data.digests import ContentIndex
 from dittocache.embeddings import recipe as recipe_module
-from dittocache.embeddings.identity import encoder_identity
+from dittocache.embeddings.planning.identity import encoder_identity
 from dittocache.embeddings.recipe import artifact_recipe, canonical_json, recipe_key
 from dittocache.errors import DataError, ModelError
 from dittocache.families.base import Artifact, ArtifactInput

@@ -13,8 +13,8 @@ import pytest
 import torch
 from tests.embeddings.toy_family import Job, ToyFamily, ToyPipeline, make_job, picture
 
-from dittocache.embeddings.reader import CachedSamples
-from dittocache.embeddings.store import Store
+from dittocache.embeddings.reading.reader import CachedSamples
+from dittocache.embeddings.store.store import Store
 from dittocache.errors import CacheError, ModelError, RecordMissingError, StoreUnavailableError
 from dittocache.events import read_events
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dittocache.embeddings.durable import replace_file
 from dittocache.embeddings.recipe import Recipe, canonical_json
+from dittocache.embeddings.store.durable import replace_file
 from dittocache.errors import CacheError, StoreUnavailableError
 
 MANIFEST_VERSION = 1

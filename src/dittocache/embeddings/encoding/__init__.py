@@ -1,0 +1,1 @@
+"""Computing the missing records: batches, memory, stopping, many workers."""

@@ -1,0 +1,1 @@
+"""Which records a data set needs, which are there, and why the others are not."""

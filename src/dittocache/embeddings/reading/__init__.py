@@ -1,0 +1,1 @@
+"""Cached samples on their way into a training step."""
