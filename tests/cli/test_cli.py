@@ -15,7 +15,8 @@ from rich.console import Console
 from tests.jobs.conftest import draw_set
 
 from dittocache import cli, main
-from dittocache.config import RunConfig
+from dittocache.cli import shared
+from dittocache.config import RunConfig, load_config
 from dittocache.demo.tiny import save_tiny
 from dittocache.errors import CacheError
 from dittocache.jobs.demo_job import demo_config
@@ -43,7 +44,7 @@ class Runs:
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     recorder = Runs()
-    monkeypatch.setattr(cli, "run_workflow", recorder)
+    monkeypatch.setattr(shared, "run_workflow", recorder)
     return recorder
 
 
@@ -163,7 +164,7 @@ def test_modules_can_be_run(module: str) -> None:
 
 
 def test_the_demo_job_is_the_shipped_config() -> None:
-    shipped = cli.load_config(Path("configs/demo.yaml"))
+    shipped = load_config(Path("configs/demo.yaml"))
     built = demo_config()
     assert built.model_dump(exclude={"data": {"path"}, "held_out": True}) == shipped.model_dump(
         exclude={"data": {"path"}, "held_out": True}

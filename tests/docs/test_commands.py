@@ -17,6 +17,7 @@ import pytest
 
 import dittocache
 from dittocache import cli, main
+from dittocache.cli import shared
 from dittocache.config import RunConfig
 from dittocache.jobs.inputs import RunInputs
 from dittocache.jobs.stages import STAGES
@@ -71,7 +72,7 @@ class NoPlan:
 def test_commands(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
     asked = Asked()
-    monkeypatch.setattr(cli, "run_workflow", asked)
+    monkeypatch.setattr(shared, "run_workflow", asked)
     monkeypatch.setattr(RunInputs, "plan", lambda self: NoPlan())
     if words[0] == "dittocache":
         assert cli.run(words[1:]) == 0

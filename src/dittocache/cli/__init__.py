@@ -1,0 +1,5 @@
+"""The command line."""
+
+from dittocache.cli.app import app, main, run
+
+__all__ = ["app", "main", "run"]
