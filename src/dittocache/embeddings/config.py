@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from dittocache.settings import Settings
+
+EncoderName = Literal["vae", "text_encoder", "text_encoder_2"]
+
+
+def _folder_or_url(value: Any) -> Any:
+    """A path, except where the text is a URL: a `Path` would fold its `//` into one slash."""
+    if not isinstance(value, str | Path):
+        raise ValueError("a path or a URL")
+    return Path(value) if isinstance(value, str) and "://" not in value else value
 
 
 class CacheConfig(Settings):
@@ -16,11 +25,52 @@ class CacheConfig(Settings):
     use_cache: bool = True
     """Train on cached embeddings. False encodes every sample in every step (live)."""
 
-    cache_dir: Path = Path("cache")
-    """Folder of the store; several runs and data sets may share one."""
+    cache_dir: Annotated[Path | str, BeforeValidator(_folder_or_url)] = Path("cache")
+    """Folder of the store, or a URL such as `s3://bucket/cache`; several runs and data sets may share one."""
 
-    devices: dict[Literal["vae", "text_encoder", "text_encoder_2"], str] = Field(default_factory=dict)
-    """Device of each encoder while caching, for example `{vae: "cuda:0"}`; others use `model.device`."""
+    devices: dict[EncoderName, str] = Field(default_factory=dict)
+    """Device of each encoder while caching, for example `{vae: "cuda:0"}`; others use `model.device`. Encoders on
+    different devices work at the same time, encoders on one device one after the other."""
 
-    batch_size: int = Field(default=4, ge=1)
-    """Samples that an encoder takes at once."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Samples that any encoder takes at once; left out, the two settings below count."""
+
+    latent_batch_size: int = Field(default=4, ge=1)
+    """Samples that the VAE takes at once; halved when memory runs out."""
+
+    text_batch_size: int = Field(default=16, ge=1)
+    """Samples that a text encoder takes at once; halved when memory runs out."""
+
+    num_workers: int = Field(default=8, ge=0)
+    """Most processes that decode pictures ahead of an encoder; never more than there are cores. 0 decodes in line."""
+
+    workers: int = Field(default=1, ge=1)
+    """Processes that encode side by side, each with the encoder in memory; on several GPUs they take turns with them."""
+
+    runner: Literal["local", "ray"] = "local"
+    """Who starts the workers: `local` this machine, `ray` the Ray cluster that this process can reach (extra `ray`)."""
+
+    lease_seconds: float = Field(default=60.0, ge=1.0)
+    """After this time without a sign of life, what a worker on another machine was encoding is given to others."""
+
+    skip_existing: bool = True
+    """Encode only what is missing. False encodes everything once more and replaces what is stored."""
+
+    keep_cache: bool = True
+    """False removes, after a training that succeeded, what this run cached and no other run uses."""
+
+    storage: Literal["native", "float16", "fp8"] = "native"
+    """How tensors are stored: `native` in the encoder's own dtype, `float16`, or `fp8`: prompt embeddings in 8 bits
+    with a scale for each token, which halves the cache and costs about 2 % relative error."""
+
+    shared_prefix: bool = False
+    """Store only those rows of prompt embeddings that differ from the empty prompt's of the same sample; lossless."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The store's folder on this machine or a mounted disk; None where `cache_dir` is a URL."""
+        return self.cache_dir if isinstance(self.cache_dir, Path) else None
+
+    def batch_size_of(self, encoder: str | None) -> int:
+        """Samples that an encoder (None: plain facts) takes at once."""
+        return self.batch_size or (self.latent_batch_size if encoder in ("vae", None) else self.text_batch_size)

@@ -44,7 +44,7 @@ def _encode(inputs: RunInputs, plan: Plan, encoders: Sequence[str | None], log: 
             inputs.model,
             inputs.dtype,
             inputs.encoder_device(encoder),
-            inputs.config.cache.batch_size,
+            inputs.config.cache.batch_size_of(encoder),
             inputs.store,
             log,
         )

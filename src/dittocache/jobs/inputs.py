@@ -95,7 +95,8 @@ class RunInputs:
     def plan(self) -> Plan:
         """What is cached and what is still to encode; the last run's manifest tells why records are stale."""
         previous = Manifest.load(self.manifest_path) if self.manifest_path.exists() else None
-        index = ContentIndex(self.config.cache.cache_dir / INDEX_NAME)
+        # Beside the store it serves every run; a store behind a URL is no place for a file that each plan rewrites.
+        index = ContentIndex((self.config.cache.folder or self.run_dir) / INDEX_NAME)
         return make_plan(
             self.samples, self.family, self.sizes, self.model, self.dtype, self.store, index, previous=previous
         )

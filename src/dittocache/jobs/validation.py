@@ -39,8 +39,8 @@ def validate(inputs: RunInputs, log: EventLog) -> None:
             problems.extend(model_problems(inputs.model))
     if family_known:
         _check_data(inputs, problems)
-    for field, folder in (("output_dir", inputs.config.output_dir), ("cache.cache_dir", inputs.config.cache.cache_dir)):
-        problems.extend(folder_problems(field, folder))
+    for field, folder in (("output_dir", inputs.config.output_dir), ("cache.cache_dir", inputs.config.cache.folder)):
+        problems.extend(folder_problems(field, folder) if folder is not None else [])
     for number, picture in enumerate(inputs.config.generate.image):
         if not picture.is_file():
             problems.append(f"generate.image.{number}: there is no file {picture}")
@@ -56,7 +56,8 @@ def _report_plan(inputs: RunInputs, plan: Plan, log: EventLog) -> None:
     """Say what is cached; `cached` names the stages that have nothing to do, with the records that they find."""
     log.message(plan.describe())
     need = needed_bytes(plan)
-    free = shutil.disk_usage(_existing(inputs.config.cache.cache_dir)).free
+    folder = inputs.config.cache.folder
+    free = shutil.disk_usage(_existing(folder)).free if folder is not None else need
     if need > free:
         raise ConfigError(
             f"cache.cache_dir: about {need / 1e9:.1f} GB are needed for {plan.misses} records, {free / 1e9:.1f} GB are "
