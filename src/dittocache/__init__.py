@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dittocache.config import RunConfig as RunConfig
     from dittocache.config import load_config as load_config
+    from dittocache.embeddings.manager import EmbeddingCacheManager as EmbeddingCacheManager
+    from dittocache.embeddings.manager import check_cache_exists as check_cache_exists
     from dittocache.embeddings.planning.manifest import Manifest as Manifest
     from dittocache.embeddings.reading.reader import CachedSamples as CachedSamples
     from dittocache.embeddings.store.store import Store as Store
@@ -51,6 +53,7 @@ _HOMES = {
     "DataError": "dittocache.errors",
     "DittocacheError": "dittocache.errors",
     "EXTRACTOR_REGISTRY": "dittocache.teacache.extractors",
+    "EmbeddingCacheManager": "dittocache.embeddings.manager",
     "GenerateConfig": "dittocache.sampling.config",
     "Manifest": "dittocache.embeddings.planning.manifest",
     "ModelError": "dittocache.errors",
@@ -67,6 +70,7 @@ _HOMES = {
     "TeaCacheConfig": "dittocache.teacache.config",
     "Trace": "dittocache.sampling.trace",
     "cached": "dittocache.sampling.session",
+    "check_cache_exists": "dittocache.embeddings.manager",
     "generate": "dittocache.sampling.generate",
     "get_extractor": "dittocache.teacache.extractors",
     "load_config": "dittocache.config",
