@@ -13,10 +13,8 @@ from dataclasses import dataclass
 import torch
 from xxhash import xxh3_64, xxh3_64_intdigest
 
-from dittocache.embeddings.recipe import canonical_json
 from dittocache.embeddings.store.record import (
     DTYPES,
-    FORMAT,
     LENGTH_BYTES,
     Header,
     header_length,
@@ -26,7 +24,7 @@ from dittocache.embeddings.store.store import OpenRecord, Store
 from dittocache.errors import RecordCorruptError
 
 HEADER_GUESS = 4096  # most headers fit: one read instead of two
-CHUNK_BYTES = 1 << 20  # read and verified while it is still in the processor's cache
+CHUNK_BYTES = 1 << 18  # read and verified while it is still in the core's cache
 REMEMBERED = 1 << 18  # headers; some 100 MB at most
 
 
@@ -156,7 +154,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 def _is_straight(header: Header, key: str) -> bool:
     recipe = header.recipe
-    return header.key == key and recipe.get("artifact") == header.name and recipe.get("storage") is None
+    return header.key == key and recipe.get("artifact") == header.name and header.is_plain
 
 
 def _straight_form(header: Header, start: bytes) -> Form:
@@ -167,7 +165,7 @@ def _straight_form(header: Header, start: bytes) -> Form:
         length=header.end,
         header_digest=xxh3_64_intdigest(start),
         checksum=header.checksum,
-        meaning=canonical_json([FORMAT, header.name, header.dtype, list(header.shape)]).encode(),
+        meaning=header.meaning,
         straight=True,
     )
 

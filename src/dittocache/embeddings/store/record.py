@@ -1,4 +1,4 @@
-"""One record as bytes: a safetensors file of one tensor that can prove itself. README.md specifies the format."""
+"""One record as bytes: a safetensors file of one artifact that can prove itself. README.md specifies the format."""
 
 from __future__ import annotations
 
@@ -13,11 +13,22 @@ from safetensors.torch import save
 from xxhash import xxh3_64
 
 from dittocache.embeddings.recipe import Recipe, canonical_json, canonical_key, recipe_key
+from dittocache.embeddings.store.storage import (
+    ROWS,
+    SCALE,
+    ReadBase,
+    Stored,
+    base_key_of,
+    to_restored,
+    to_stored,
+)
 from dittocache.errors import CacheError, RecordCorruptError
 
-FORMAT = "dittocache-1"
+FORMAT = "dittocache-2"
 LENGTH_BYTES = 8  # safetensors: the header's length, little-endian
 LARGEST_HEADER_BYTES = 1_000_000
+MOST_DIMENSIONS = 16
+MOST_ELEMENTS = 1 << 48
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -35,15 +46,28 @@ DTYPES: Mapping[str, torch.dtype] = {
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One tensor of a record: its name, dtype, shape, and offsets from the start of the record."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
 class Header:
-    """What a record's header says; sane in itself, but nothing is proven before `unpack`.
+    """What a record's header says; sane in itself, but nothing is proven before `verify`.
 
     Attributes:
-        name: the tensor's name: its artifact.
-        dtype, shape: of the tensor.
-        begin, end: offsets of its bytes from the start of the record; `end` is the record's length.
-        key, checksum, recipe_json: from the metadata.
+        name: the artifact.
+        dtype, shape: of the tensor as the encoder made it, and as `restore` gives it.
+        begin, end: offsets of all tensors' bytes from the start of the record; `end` is the record's length.
+        parts: the stored tensors, in the order of their bytes.
+        key, checksum, recipe_json, restores_json, provenance_json: from the metadata; the last two may be None.
+        restored_digest: xxh3_64 of the restored bytes, where they depend on a base record.
     """
 
     name: str
@@ -51,9 +75,13 @@ class Header:
     shape: tuple[int, ...]
     begin: int
     end: int
+    parts: tuple[Part, ...]
     key: str
     checksum: str
     recipe_json: str
+    restores_json: str | None
+    provenance_json: str | None
+    restored_digest: str | None
 
     @property
     def recipe(self) -> Recipe:
@@ -67,21 +95,66 @@ class Header:
             raise RecordCorruptError("the recipe in the record's header does not belong to its key")
         return recipe
 
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """How the record came about, as far as its recipe does not say; raises RecordCorruptError."""
+        try:
+            provenance = json.loads(self.provenance_json or "{}")
+        except (ValueError, RecursionError) as error:
+            raise RecordCorruptError(f"the provenance in the record's header cannot be read ({error})") from error
+        if not isinstance(provenance, dict):
+            raise RecordCorruptError("the provenance in the record's header is no JSON object")
+        return provenance
 
-def pack(key: str, tensor: torch.Tensor, recipe: Mapping[str, Any]) -> bytes:
-    """The record of a tensor of any shape, in its own dtype.
+    @property
+    def is_plain(self) -> bool:
+        """Whether the bytes from `begin` to `end` are the tensor's own: nothing is to be restored."""
+        return self.restores_json is None
 
-    Raises CacheError when the key is not the recipe's, or the dtype has no place in the format.
+    @property
+    def needs_base(self) -> bool:
+        """Whether some rows are in another record, the one that the recipe's `rows_shared_with` names."""
+        return any(part.name == f"{self.name}.{ROWS}" for part in self.parts)
+
+    @property
+    def meaning(self) -> bytes:
+        """What the checksum covers before the bytes from `begin` to `end`: a flipped dtype is as wrong as a bit."""
+        tensors = [[part.name, part.dtype, list(part.shape), part.begin - self.begin] for part in self.parts]
+        return _meaning(tensors, self.restores_json, self.provenance_json)
+
+
+def pack(
+    key: str,
+    tensor: torch.Tensor,
+    recipe: Mapping[str, Any],
+    provenance: Mapping[str, Any] | None = None,
+    base: ReadBase | None = None,
+) -> bytes:
+    """The record of a tensor of any shape, in the form that its recipe asks for (`storage.to_stored`).
+
+    Args:
+        provenance: JSON values that are no part of the key, such as `{"vae_tiling": true}`.
+        base: gives the restored tensor of a record that rows are shared with; without it all rows are stored.
+
+    Raises CacheError when the key is not the recipe's, the dtype has no place in the format, or the form is not known.
     """
     if recipe_key(recipe) != key:
         raise CacheError(f"key {key} does not belong to this recipe; expected {recipe_key(recipe)} (recipe_key)")
     if tensor.dtype not in _DTYPE_NAMES:
         raise CacheError(f"a tensor of dtype {tensor.dtype} cannot be stored; expected one of {list(_DTYPE_NAMES)}")
-    stored = tensor.detach().to("cpu").contiguous()
+    stored = to_stored(tensor.detach().to("cpu").contiguous(), recipe, base)
+    told = dict(provenance or {})
+    if stored.native_because:
+        told["stored_native"] = stored.native_because
     name = str(recipe["artifact"])
-    checksum = _checksum(name, _DTYPE_NAMES[stored.dtype], tuple(stored.shape), _bytes_of(stored))
-    metadata = {"format": FORMAT, "key": key, "checksum": checksum, "recipe": canonical_json(recipe)}
-    return bytes(save({name: stored}, metadata))
+    tensors = {name: stored.main, **{f"{name}.{suffix}": part for suffix, part in stored.companions.items()}}
+    metadata = {"format": FORMAT, "key": key, "recipe": canonical_json(recipe)}
+    if stored.companions or stored.main.dtype != stored.restored_dtype:
+        metadata["restores"] = _restores(stored)
+    if told:
+        metadata["provenance"] = canonical_json(told)
+    checksum = _checksum_of(tensors, metadata.get("restores"), metadata.get("provenance"))
+    return bytes(save(tensors, {**metadata, "checksum": checksum}))
 
 
 def header_length(start: bytes | memoryview) -> int:
@@ -102,52 +175,175 @@ def parse_header(content: bytes | memoryview, record_bytes: int) -> Header:
     try:
         fields = json.loads(bytes(content[LENGTH_BYTES:begin]))
         metadata = fields.pop("__metadata__")
-        [(name, entry)] = fields.items()
-        shape = tuple(_natural(side) for side in entry["shape"])
-        first, last = (_natural(offset) for offset in entry["data_offsets"])
-        dtype = entry["dtype"]
-        itemsize = DTYPES[dtype].itemsize
-        found = metadata["format"], metadata["key"], metadata["checksum"], metadata["recipe"]
+        parts = sorted((_part(name, entry, begin) for name, entry in fields.items()), key=_place)
+        texts = metadata["key"], metadata["checksum"], metadata["recipe"]
+        restores_json, provenance_json = metadata.get("restores"), metadata.get("provenance")
+        form = metadata["format"]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("key, checksum and recipe must be texts")
+        if not all(text is None or isinstance(text, str) for text in (restores_json, provenance_json)):
+            raise ValueError("restores and provenance must be texts")
+        main = _main_part(parts)
+        dtype, shape, digest = main.dtype, main.shape, None
+        if restores_json is not None:
+            restores = json.loads(restores_json)
+            dtype, shape, digest = restores["dtype"], _shape(restores["shape"]), restores.get("digest")
+            DTYPES[dtype]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RecordCorruptError(f"the record's header cannot be read ({error!r})") from error
-    if found[0] != FORMAT or not all(isinstance(text, str) for text in found):
-        raise RecordCorruptError(f"the record's format is {found[0]!r}; expected {FORMAT!r}")
-    if first != 0 or last != math.prod(shape) * itemsize or begin + last != record_bytes:
-        raise RecordCorruptError(
-            f"the record is {record_bytes} bytes long; its header promises {begin + last} with a {dtype} tensor of "
-            f"shape {list(shape)}: it is torn"
-        )
-    return Header(name, dtype, shape, begin, begin + last, found[1], found[2], found[3])
+    if form != FORMAT:
+        raise RecordCorruptError(f"the record's format is {form!r}; expected {FORMAT!r}")
+    _check_offsets(parts, begin, record_bytes)
+    return Header(
+        name=main.name,
+        dtype=dtype,
+        shape=shape,
+        begin=begin,
+        end=record_bytes,
+        parts=tuple(parts),
+        key=texts[0],
+        checksum=texts[1],
+        recipe_json=texts[2],
+        restores_json=restores_json,
+        provenance_json=provenance_json,
+        restored_digest=digest,
+    )
 
 
-def unpack(content: bytearray | memoryview, key: str) -> torch.Tensor:
-    """The tensor of a whole record; it shares memory with `content`, which must be writable.
+def verify(header: Header, key: str, tensors: memoryview) -> None:
+    """Prove a record: its key, its recipe, and `tensors`, the bytes from `header.begin` to `header.end`.
 
-    Raises RecordCorruptError unless header, recipe, key and every byte of the tensor agree.
+    Nothing is copied. Raises RecordCorruptError unless everything agrees.
+    """
+    verify_header(header, key)
+    hasher = xxh3_64(header.meaning)
+    hasher.update(tensors)
+    if len(tensors) != header.end - header.begin or hasher.hexdigest() != header.checksum:
+        raise RecordCorruptError("the record's bytes do not match its checksum")
+
+
+def verify_header(header: Header, key: str) -> Recipe:
+    """The part of `verify` that needs no tensors; returns the recipe."""
+    if header.key != key:
+        raise RecordCorruptError(f"the record holds key {header.key}; expected {key}: it was renamed or exchanged")
+    recipe = header.recipe
+    if str(recipe.get("artifact")) != header.name:
+        raise RecordCorruptError(f"the record's tensor is called {header.name!r}; its recipe is for another artifact")
+    return recipe
+
+
+def restore(header: Header, tensors: memoryview, base: torch.Tensor | None = None) -> torch.Tensor:
+    """The tensor as the encoder made it, from verified bytes; `tensors`, which must be writable, may be shared.
+
+    Args:
+        base: the restored tensor of the base record; needed when `header.needs_base`.
+
+    Raises RecordCorruptError when the parts do not fit each other, or the base is another than when this was written.
+    """
+    found = {
+        part.name: _tensor(part, tensors[part.begin - header.begin : part.end - header.begin]) for part in header.parts
+    }
+    main = found.pop(header.name)
+    companions = {name.removeprefix(f"{header.name}."): tensor for name, tensor in found.items()}
+    return to_restored(Stored(main, companions, DTYPES[header.dtype], header.shape, header.restored_digest), base)
+
+
+def unpack(content: bytearray | memoryview, key: str, base: ReadBase | None = None) -> torch.Tensor:
+    """The tensor of a whole record; it may share memory with `content`, which must be writable.
+
+    Args:
+        base: gives the restored tensor of the record that rows are shared with.
+
+    Raises RecordCorruptError unless header, recipe, key and every byte of the tensor agree; what `base` raises.
     """
     view = memoryview(content)
     header = parse_header(view, len(view))
-    if header.key != key:
-        raise RecordCorruptError(f"the record holds key {header.key}; expected {key}: it was renamed or exchanged")
-    if str(header.recipe.get("artifact")) != header.name:
-        raise RecordCorruptError(f"the record's tensor is called {header.name!r}; its recipe is for another artifact")
-    if _checksum(header.name, header.dtype, header.shape, view[header.begin : header.end]) != header.checksum:
-        raise RecordCorruptError("the record's bytes do not match its checksum")
-    dtype = DTYPES[header.dtype]
-    if header.begin == header.end:
-        return torch.empty(header.shape, dtype=dtype)
-    return torch.frombuffer(view[header.begin : header.end], dtype=dtype).view(header.shape)
+    tensors = view[header.begin :]
+    verify(header, key, tensors)
+    if not header.needs_base:
+        return restore(header, tensors)
+    base_key = base_key_of(header.recipe)
+    if base_key is None or base is None:
+        raise RecordCorruptError("the record holds some rows only, and no base record was given to fill the others")
+    return restore(header, tensors, base(base_key))
 
 
-def _checksum(name: str, dtype: str, shape: tuple[int, ...], content: memoryview) -> str:
-    """xxh3 of what gives the bytes their meaning and of the bytes: a flipped dtype is as wrong as a flipped bit."""
-    hasher = xxh3_64(canonical_json([FORMAT, name, dtype, list(shape)]).encode())
-    hasher.update(content)
+def _restores(stored: Stored) -> str:
+    restores: dict[str, Any] = {
+        "dtype": _DTYPE_NAMES[stored.restored_dtype],
+        "shape": list(stored.restored_shape),
+    }
+    if stored.restored_digest is not None:
+        restores["digest"] = stored.restored_digest
+    return canonical_json(restores)
+
+
+def _checksum_of(tensors: Mapping[str, torch.Tensor], restores: str | None, provenance: str | None) -> str:
+    # safetensors puts wider elements first, so that every tensor is aligned, and then goes by name.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    described, offset = [], 0
+    for name, tensor in ordered:
+        described.append([name, _DTYPE_NAMES[tensor.dtype], list(tensor.shape), offset])
+        offset += tensor.nbytes
+    hasher = xxh3_64(_meaning(described, restores, provenance))
+    for _, tensor in ordered:
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+def _meaning(tensors: list[list[Any]], restores: str | None, provenance: str | None) -> bytes:
+    """Tensors are described by name, dtype, shape and offset, in the order of their names."""
+    return canonical_json([FORMAT, sorted(tensors), restores, provenance]).encode()
+
+
+def _part(name: str, entry: Mapping[str, Any], begin: int) -> Part:
+    first, last = (_natural(offset) for offset in entry["data_offsets"])
+    shape = _shape(entry["shape"])
+    if last - first != math.prod(shape) * DTYPES[entry["dtype"]].itemsize:
+        raise ValueError(f"{name!r} has {last - first} bytes, not those of {entry['dtype']} {list(shape)}")
+    return Part(name, entry["dtype"], shape, begin + first, begin + last)
+
+
+def _place(part: Part) -> tuple[int, int]:
+    return part.begin, part.end
+
+
+def _main_part(parts: list[Part]) -> Part:
+    """The artifact's tensor: the one that all others are named after."""
+    main = min(parts, key=lambda part: len(part.name))
+    allowed = {main.name, f"{main.name}.{SCALE}", f"{main.name}.{ROWS}"}
+    if any(part.name not in allowed for part in parts):
+        raise ValueError(f"found tensors {[part.name for part in parts]}; expected an artifact and its companions")
+    return main
+
+
+def _check_offsets(parts: list[Part], begin: int, record_bytes: int) -> None:
+    place = begin
+    for part in parts:
+        if part.begin != place:
+            raise RecordCorruptError(f"the record's tensors overlap or leave a gap at byte {place}")
+        place = part.end
+    if place != record_bytes:
+        raise RecordCorruptError(
+            f"the record is {record_bytes} bytes long; its header promises {place} with tensors of "
+            f"{[f'{part.dtype} {list(part.shape)}' for part in parts]}: it is torn"
+        )
+
+
+def _shape(sides: Any) -> tuple[int, ...]:
+    if not isinstance(sides, list) or len(sides) > MOST_DIMENSIONS:
+        raise ValueError(f"a shape must be a list of at most {MOST_DIMENSIONS} sides")
+    shape = tuple(_natural(side) for side in sides)
+    if math.prod(max(1, side) for side in shape) > MOST_ELEMENTS:
+        raise ValueError("a shape of more elements than any tensor has")
+    return shape
+
+
+def _tensor(part: Part, content: memoryview) -> torch.Tensor:
+    dtype = DTYPES[part.dtype]
+    if not content:
+        return torch.empty(part.shape, dtype=dtype)
+    return torch.frombuffer(content, dtype=dtype).view(part.shape)
 
 
 def _natural(value: Any) -> int:

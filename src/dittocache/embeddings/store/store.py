@@ -20,6 +20,7 @@ from dittocache.embeddings.recipe import Recipe
 from dittocache.embeddings.store.durable import replace_file
 from dittocache.embeddings.store.loose import SUFFIX, LooseRecords, OpenRecord, read_bytes, read_header
 from dittocache.embeddings.store.record import Header, pack, parse_header, unpack
+from dittocache.embeddings.store.storage import bases_for
 from dittocache.embeddings.store.unavailable import unavailable
 from dittocache.errors import CacheError, RecordCorruptError, RecordMissingError
 
@@ -63,7 +64,7 @@ class Store:
         Raises StoreUnavailableError when the folder cannot be written (disk full, read-only, no permission, path too
         long), leaving nothing behind; CacheError when the key is not the recipe's.
         """
-        content = pack(key, tensor, recipe)
+        content = pack(key, tensor, recipe, provenance, base=self.read)
         if not replace and (present := self.sizes([key])):
             return present[key]
         with unavailable(f"record {key} cannot be written to {self._loose.path(key).parent}"):
@@ -74,12 +75,13 @@ class Store:
     def read(self, key: str) -> torch.Tensor:
         """The tensor, on the CPU, after its whole record was verified.
 
-        Raises RecordMissingError; RecordCorruptError after moving the record to quarantine, so that it counts as
-        missing from then on; StoreUnavailableError when the folder cannot be read.
+        Raises RecordMissingError, also where another record that it shares rows with cannot be read;
+        RecordCorruptError after moving the record to quarantine, so that it counts as missing from then on;
+        StoreUnavailableError when the folder cannot be read.
         """
         with self.opened(key) as record:
             try:
-                return unpack(read_bytes(record), key)
+                return unpack(read_bytes(record), key, base=bases_for(key, self.read))
             except RecordCorruptError as error:
                 where = self._quarantine(key, record)
                 raise RecordCorruptError(f"record {key}: {error}; {where}. Caching again makes it anew") from error
