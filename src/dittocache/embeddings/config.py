@@ -45,7 +45,7 @@ class CacheConfig(Settings):
     """Most processes that decode pictures ahead of an encoder; never more than there are cores. 0 decodes in line."""
 
     workers: int = Field(default=1, ge=1)
-    """Processes that encode side by side, each with the encoder in memory; on several GPUs they take turns with them."""
+    """Processes that encode side by side, each with the encoder in memory; several GPUs are dealt out among them."""
 
     runner: Literal["local", "ray"] = "local"
     """Who starts the workers: `local` this machine, `ray` the Ray cluster that this process can reach (extra `ray`)."""
