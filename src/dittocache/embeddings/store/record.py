@@ -65,7 +65,7 @@ class Header:
         name: the artifact.
         dtype, shape: of the tensor as the encoder made it, and as `restore` gives it.
         begin, end: offsets of all tensors' bytes from the start of the record; `end` is the record's length.
-        parts: the stored tensors, in the order of their bytes.
+        parts: the stored tensors, in the order of their names.
         key, checksum, recipe_json, restores_json, provenance_json: from the metadata; the last two may be None.
         restored_digest: xxh3_64 of the restored bytes, where they depend on a base record.
     """
@@ -118,8 +118,8 @@ class Header:
 
     @property
     def meaning(self) -> bytes:
-        """What the checksum covers before the bytes from `begin` to `end`: a flipped dtype is as wrong as a bit."""
-        tensors = [[part.name, part.dtype, list(part.shape), part.begin - self.begin] for part in self.parts]
+        """What the checksum covers before the tensors' bytes, in the order of `parts`: a wrong dtype is as bad as a bit."""
+        tensors = [(part.name, part.dtype, part.shape) for part in self.parts]
         return _meaning(tensors, self.restores_json, self.provenance_json)
 
 
@@ -175,7 +175,7 @@ def parse_header(content: bytes | memoryview, record_bytes: int) -> Header:
     try:
         fields = json.loads(bytes(content[LENGTH_BYTES:begin]))
         metadata = fields.pop("__metadata__")
-        parts = sorted((_part(name, entry, begin) for name, entry in fields.items()), key=_place)
+        parts = [_part(name, entry, begin) for name, entry in sorted(fields.items())]
         texts = metadata["key"], metadata["checksum"], metadata["recipe"]
         restores_json, provenance_json = metadata.get("restores"), metadata.get("provenance")
         form = metadata["format"]
@@ -217,7 +217,8 @@ def verify(header: Header, key: str, tensors: memoryview) -> None:
     """
     verify_header(header, key)
     hasher = xxh3_64(header.meaning)
-    hasher.update(tensors)
+    for part in header.parts:
+        hasher.update(tensors[part.begin - header.begin : part.end - header.begin])
     if len(tensors) != header.end - header.begin or hasher.hexdigest() != header.checksum:
         raise RecordCorruptError("the record's bytes do not match its checksum")
 
@@ -279,21 +280,16 @@ def _restores(stored: Stored) -> str:
 
 
 def _checksum_of(tensors: Mapping[str, torch.Tensor], restores: str | None, provenance: str | None) -> str:
-    # safetensors puts wider elements first, so that every tensor is aligned, and then goes by name.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
-    described, offset = [], 0
-    for name, tensor in ordered:
-        described.append([name, _DTYPE_NAMES[tensor.dtype], list(tensor.shape), offset])
-        offset += tensor.nbytes
+    ordered = sorted(tensors.items())
+    described = [(name, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in ordered]
     hasher = xxh3_64(_meaning(described, restores, provenance))
     for _, tensor in ordered:
         hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()
 
 
-def _meaning(tensors: list[list[Any]], restores: str | None, provenance: str | None) -> bytes:
-    """Tensors are described by name, dtype, shape and offset, in the order of their names."""
-    return canonical_json([FORMAT, sorted(tensors), restores, provenance]).encode()
+def _meaning(tensors: list[tuple[str, str, tuple[int, ...]]], restores: str | None, provenance: str | None) -> bytes:
+    return canonical_json([FORMAT, tensors, restores, provenance]).encode()
 
 
 def _part(name: str, entry: Mapping[str, Any], begin: int) -> Part:
@@ -302,10 +298,6 @@ def _part(name: str, entry: Mapping[str, Any], begin: int) -> Part:
     if last - first != math.prod(shape) * DTYPES[entry["dtype"]].itemsize:
         raise ValueError(f"{name!r} has {last - first} bytes, not those of {entry['dtype']} {list(shape)}")
     return Part(name, entry["dtype"], shape, begin + first, begin + last)
-
-
-def _place(part: Part) -> tuple[int, int]:
-    return part.begin, part.end
 
 
 def _main_part(parts: list[Part]) -> Part:
@@ -319,7 +311,7 @@ def _main_part(parts: list[Part]) -> Part:
 
 def _check_offsets(parts: list[Part], begin: int, record_bytes: int) -> None:
     place = begin
-    for part in parts:
+    for part in sorted(parts, key=lambda part: (part.begin, part.end)):
         if part.begin != place:
             raise RecordCorruptError(f"the record's tensors overlap or leave a gap at byte {place}")
         place = part.end
