@@ -13,8 +13,8 @@ from dittocache.demo.tiny import tiny_pipeline
 from dittocache.errors import DataError
 from dittocache.families.base import Family
 from dittocache.training.config import TrainConfig
-from dittocache.training.loop import velocity_loss
 from dittocache.training.lora import add_lora, save_lora
+from dittocache.training.loss import velocity_loss
 
 CONFIG = TrainConfig(rank=4, alpha=2)
 

@@ -1,9 +1,10 @@
 """Checkpoints of a LoRA run: a folder a step, complete or absent.
 
     checkpoints/step-00000500/
-        pytorch_lora_weights.safetensors   loads with `pipe.load_lora_weights(folder)`
-        optimizer.safetensors              AdamW's moments, `NAME/exp_avg`, `NAME/exp_avg_sq`, `NAME/step`
-        state.json                         step, and the settings that the run's numbers depend on
+        pytorch_lora_weights.safetensors       the LoRA to use: loads with `pipe.load_lora_weights(folder)`
+        raw/pytorch_lora_weights.safetensors   where that is a moving average: the weights that training goes on from
+        training_state.safetensors             tensors of the optimizer and of the moving average
+        state.json                             step, settings, and all numbers of the training state
 
 A checkpoint is written to a temporary folder, flushed, and renamed. Nothing is pickled.
 """
@@ -13,7 +14,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,50 @@ from dittocache.errors import ConfigError, ModelError
 from dittocache.families.base import Family
 from dittocache.training.lora import restore_lora, save_lora
 
-OPTIMIZER_NAME = "optimizer.safetensors"
+TENSORS_NAME = "training_state.safetensors"
 STATE_NAME = "state.json"
+RAW_NAME = "raw"
 PREFIX = "step-"
+TENSOR_MARK = "__tensor__"  # in state.json: the name of a tensor that stood here
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Everything of a run that changes from step to step.
+
+    Attributes:
+        transformer: the bare model with its LoRA.
+        family: of the transformer.
+        optimizer: the bare optimizer over the LoRA's parameters.
+        average: diffusers' `EMAModel` over them, or None.
+        scaler: the gradient scaler of fp16 training, or None.
+    """
+
+    transformer: Any
+    family: Family
+    optimizer: torch.optim.Optimizer
+    average: Any = None
+    scaler: Any = None
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The LoRA's parameters by name, in the optimizer's order."""
+        return {name: one for name, one in self.transformer.named_parameters() if one.requires_grad}
+
+
+@contextmanager
+def averaged(trained: Trained) -> Iterator[None]:
+    """The transformer with the weights to use: the moving average where there is one; the raw ones come back after."""
+    if trained.average is None:
+        yield
+        return
+    parameters = list(trained.parameters.values())
+    trained.average.store(parameters)
+    trained.average.copy_to(parameters)
+    try:
+        yield
+    finally:
+        trained.average.restore(parameters)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -33,77 +77,113 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(f"{PREFIX}*") if (path / STATE_NAME).is_file())
 
 
+def checkpoint_step(checkpoint: Path) -> int:
+    """The number of steps that were taken when it was written."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
 def save_checkpoint(
-    folder: Path,
-    step: int,
-    transformer: Any,
-    family: Family,
-    optimizer: torch.optim.Optimizer,
-    settings: Mapping[str, Any],
+    folder: Path, step: int, trained: Trained, settings: Mapping[str, Any], keep: int | None = None
 ) -> Path:
-    """Write the state after `step` optimizer steps; return the checkpoint's folder."""
+    """Write the state after `step` optimizer steps, remove all but the newest `keep`; return the checkpoint's folder.
+
+    A checkpoint of this step that is there already is replaced. Raises ConfigError where the optimizer keeps a state
+    that cannot be saved.
+    """
     from safetensors.torch import save_file
 
     final = folder / f"{PREFIX}{step:08d}"
-    if (final / STATE_NAME).is_file():
-        return final
     temporary = folder / f".{final.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_lora(transformer, family, temporary, {**settings, "step": step})
-    moments = {
-        f"{name}/{key}": value.detach().cpu().contiguous()
-        for name, parameter in _trainable(transformer).items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-    save_file(moments, temporary / OPTIMIZER_NAME)
-    (temporary / STATE_NAME).write_text(json.dumps({"step": step, "settings": settings}, indent=2, sort_keys=True))
-    for name in (OPTIMIZER_NAME, STATE_NAME):
+    metadata = {**settings, "step": step}
+    tensors: dict[str, torch.Tensor] = {}
+    state: dict[str, Any] = {"step": step, "settings": dict(settings), "parameters": list(trained.parameters)}
+    if trained.average is not None:
+        save_lora(trained.transformer, trained.family, temporary / RAW_NAME, metadata)
+        average = trained.average.state_dict()
+        state["average"] = _without_tensors(average, "average", tensors)
+    with averaged(trained):
+        save_lora(trained.transformer, trained.family, temporary, metadata)
+    state["optimizer"] = _without_tensors(trained.optimizer.state_dict(), "optimizer", tensors)
+    if trained.scaler is not None:
+        state["scaler"] = trained.scaler.state_dict()
+    save_file(tensors, temporary / TENSORS_NAME)
+    (temporary / STATE_NAME).write_text(json.dumps(state, indent=2, sort_keys=True))
+    for name in (TENSORS_NAME, STATE_NAME):
         _flush(temporary / name)
+    shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     _flush(folder)
+    if keep is not None:
+        for old in checkpoints(folder)[:-keep]:
+            _remove(old)
     return final
 
 
-def load_checkpoint(
-    checkpoint: Path,
-    transformer: Any,
-    family: Family,
-    optimizer: torch.optim.Optimizer,
-    settings: Mapping[str, Any],
-) -> int:
-    """Put weights and optimizer state back and return the number of steps taken.
+def load_checkpoint(checkpoint: Path, trained: Trained) -> int:
+    """Put weights, optimizer, average and scaler back and return the number of steps taken.
 
-    Raises ConfigError naming the settings that differ from the checkpoint's: such a run would not be a continuation.
+    Raises ModelError where the checkpoint does not fit the LoRA.
     """
     from safetensors.torch import load_file
 
     state = json.loads((checkpoint / STATE_NAME).read_text())
-    saved = state["settings"]
-    problems = [
-        f"{name}: the checkpoint has {saved.get(name)!r}, this run has {settings.get(name)!r}"
-        for name in sorted({*saved, *settings})
-        if saved.get(name) != settings.get(name)
-    ]
-    if problems:
-        raise ConfigError(
-            f"cannot resume from {checkpoint}: its settings differ; restore them, or start anew in another folder",
-            problems,
-        )
-    restore_lora(transformer, family, checkpoint)
-    trainable = _trainable(transformer)
-    for key, value in load_file(checkpoint / OPTIMIZER_NAME).items():
-        name, _, entry = key.rpartition("/")
-        if name not in trainable:
-            raise ModelError(f"{checkpoint / OPTIMIZER_NAME} has moments of {name}, which this LoRA does not have")
-        parameter = trainable[name]
-        # AdamW keeps its step count on the CPU in float32, the moments beside the parameter.
-        optimizer.state[parameter][entry] = value if entry == "step" else value.to(parameter)
+    names = list(trained.parameters)
+    if state["parameters"] != names:
+        other = sorted(set(state["parameters"]) ^ set(names))
+        raise ModelError(f"the LoRA in {checkpoint} does not fit this transformer: they differ in {other[:3]}")
+    tensors = load_file(checkpoint / TENSORS_NAME)
+    raw = checkpoint / RAW_NAME
+    restore_lora(trained.transformer, trained.family, raw if raw.is_dir() else checkpoint)
+    optimizer = _with_tensors(state["optimizer"], tensors)
+    optimizer["state"] = {int(index): value for index, value in optimizer["state"].items()}
+    trained.optimizer.load_state_dict(optimizer)
+    if trained.average is not None:
+        trained.average.load_state_dict(_with_tensors(state["average"], tensors))
+        trained.average.to(device=next(iter(trained.parameters.values())).device)
+    if trained.scaler is not None:
+        trained.scaler.load_state_dict(state["scaler"])
     return int(state["step"])
 
 
-def _trainable(transformer: Any) -> dict[str, torch.nn.Parameter]:
-    return {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+def saved_settings(checkpoint: Path) -> dict[str, Any]:
+    """The settings of the run that wrote it."""
+    settings: dict[str, Any] = json.loads((checkpoint / STATE_NAME).read_text())["settings"]
+    return settings
+
+
+def _without_tensors(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """`value` as JSON values, its tensors taken out to `tensors`."""
+    if isinstance(value, torch.Tensor):
+        # Clones: safetensors refuses tensors that share memory.
+        tensors[name] = value.detach().cpu().clone().contiguous()
+        return {TENSOR_MARK: name}
+    if isinstance(value, Mapping):
+        return {str(key): _without_tensors(inner, f"{name}/{key}", tensors) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_tensors(inner, f"{name}/{index}", tensors) for index, inner in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ConfigError(
+        f"the optimizer keeps a {type(value).__name__} in {name}, which a checkpoint cannot hold; "
+        "choose another train.optimizer"
+    )
+
+
+def _with_tensors(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """The value that `_without_tensors` took apart."""
+    if isinstance(value, dict):
+        if TENSOR_MARK in value:
+            return tensors[value[TENSOR_MARK]]
+        return {key: _with_tensors(inner, tensors) for key, inner in value.items()}
+    return [_with_tensors(inner, tensors) for inner in value] if isinstance(value, list) else value
+
+
+def _remove(checkpoint: Path) -> None:
+    # Without its state a checkpoint does not count, so that one that is half removed is never resumed from.
+    (checkpoint / STATE_NAME).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dittocache.errors import ConfigError, StageError
-from dittocache.families.base import Family, TrainingInputs
-from dittocache.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from dittocache.families.base import Family
+from dittocache.training.accelerator import make_accelerator
+from dittocache.training.checkpoint import (
+    Trained,
+    averaged,
+    checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    saved_settings,
+)
 from dittocache.training.config import TrainConfig
-from dittocache.training.schedule import batches_from, draw_sigmas, learning_rate_at, step_generator
-from dittocache.training.sources import Source, with_empty_prompts
-
-# What may change between a run and its continuation: how long it is, and how often it saves.
-FREE_SETTINGS = frozenset({"steps", "checkpoint_every"})
+from dittocache.training.continuation import check_continuation, run_settings
+from dittocache.training.optimizers import learning_rate_schedule, make_optimizer, restore_arguments
+from dittocache.training.schedule import MicroBatch, global_batches, micro_batches
+from dittocache.training.sources import Source
+from dittocache.training.step import StepGradients, StepRunner
 
 
 @dataclass(frozen=True)
@@ -29,15 +37,17 @@ class TrainState:
 
     Attributes:
         step: optimizer steps taken, from 1.
-        loss: mean squared error of the velocity over this step's batch, all processes together.
+        loss: weighted mean squared error of the velocity over this step's batch, all processes together.
         learning_rate: of this step.
         seconds: since `train_lora` began.
         step_seconds: of this step, `load_seconds` included.
         load_seconds: of it, waiting for the source: encoding when live, reading when cached.
         grad_norm: of all LoRA gradients before clipping.
-        names: samples of this process's batch.
+        names: samples of this process's share of the batch.
+        epoch: how often the data set was seen so far, on average.
         checkpoint: the folder written after this step, if any.
         stopped: True in the last state of a run that `should_stop` ended early.
+        to_use: a context in which the transformer has the weights to use: the moving average where there is one.
     """
 
     step: int
@@ -48,16 +58,10 @@ class TrainState:
     load_seconds: float
     grad_norm: float
     names: tuple[str, ...]
+    epoch: float = 0.0
     checkpoint: Path | None = None
     stopped: bool = False
-
-
-def make_accelerator(**options: Any) -> Any:
-    """An `accelerate.Accelerator` fit for LoRA on these models, single process or DDP."""
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-
-    # The last block's text stream does not reach the output, so its LoRA has no gradient; DDP must know.
-    return Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)], **options)
+    to_use: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, compare=False, repr=False)
 
 
 def train_lora(
@@ -72,88 +76,78 @@ def train_lora(
     checkpoint_dir: Path | None = None,
     resume: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
+    identity: Mapping[str, str] | None = None,
+    notice: Callable[[str], None] = lambda text: None,
 ) -> Iterator[TrainState]:
     """Train the LoRA that `add_lora` put into `transformer`, yielding a `TrainState` after every step.
 
     Args:
         names: the samples to train on; `source` gives their tensors.
-        accelerator: an `accelerate.Accelerator`; by default `make_accelerator()`.
+        accelerator: an `accelerate.Accelerator`; by default `make_accelerator(config)`.
         caption_dropout: share of samples whose prompt is replaced by the empty one.
         checkpoint_dir: where checkpoints go, every `config.checkpoint_every` steps, at the end and when stopped;
             none are written where it is None.
         resume: go on from the newest checkpoint there, if any, exactly as if the run had not been interrupted.
         should_stop: asked after every step; when true, a checkpoint is written and the run ends.
+        identity: digests of the `model` and of the `data`, compared when resuming.
+        notice: called with a sentence for the user where a resumed run is not quite a continuation.
 
     Raises:
         ConfigError: the transformer has no LoRA, or the checkpoint folder holds another run.
-        StageError: the loss is not finite; the samples of the batch are named.
+        StageError: the loss is not finite; the samples at fault are named, and the state before is saved.
         DataError: no samples, or a batch that the family cannot use.
     """
-    accelerator = accelerator if accelerator is not None else make_accelerator()
+    accelerator = accelerator if accelerator is not None else make_accelerator(config)
     started = time.perf_counter()
-    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise ConfigError(
-            "the transformer has no trainable parameters; call add_lora(transformer, family, config) first"
-        )
-    dtype = next(p.dtype for p in transformer.parameters() if not p.requires_grad and p.is_floating_point())
-    bare = transformer
-    transformer.to(accelerator.device)
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate)
-    settings = _settings(config, family, names, caption_dropout, accelerator.num_processes)
-    done = _resumed(checkpoint_dir, resume, bare, family, optimizer, settings)
-    model, stepper = accelerator.prepare(transformer, optimizer)
+    trained = _trained(transformer, family, config, accelerator)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    settings = run_settings(config, family, names, caption_dropout, world, identity or {})
+    done = _resumed(checkpoint_dir, resume, trained, settings, notice)
+    restore_arguments(trained.optimizer, config)
+    rate_at = learning_rate_schedule(config)
+    placed = config.offload == "none" and config.base_quantization in ("none", "fp8")
+    model, stepper = accelerator.prepare(transformer, trained.optimizer, device_placement=[placed, True])
     model.train()
 
-    buckets = {name: source.bucket(name) if config.batch_size > 1 else () for name in names}
-    rank, world = accelerator.process_index, accelerator.num_processes
-    planned = list(batches_from(buckets, config.batch_size, config.seed, done, config.steps - done, rank, world))
-    stream = source.stream(planned)
-    for step, batch_names in enumerate(planned, start=done):
+    size = int(settings["global_batch"])
+    buckets = {name: source.bucket(name) if size > 1 else () for name in names}
+    batches = islice(global_batches(buckets, size, config.seed), done, config.steps)
+    planned = [micro_batches(batch, buckets, config.batch_size, rank, world) for batch in batches]
+    stream = source.stream([part.names for parts in planned for part in parts])
+    runner = StepRunner(model, trained, config, accelerator, stream, size // world, caption_dropout)
+    for step, parts in enumerate(planned, start=done):
         step_started = time.perf_counter()
-        batch = next(stream)
-        load_seconds = time.perf_counter() - step_started
-
-        generator = step_generator(config.seed, step, rank)
-        if caption_dropout > 0:
-            batch = with_empty_prompts(batch, (torch.rand(len(batch), generator=generator) < caption_dropout).tolist())
-        noise = torch.randn((len(batch), *batch[0]["image_latents"].shape), generator=generator)
-        sigmas = draw_sigmas(config, len(batch), generator)
-        inputs = family.training_inputs(batch, noise.to(accelerator.device), sigmas.to(accelerator.device))
-        loss = velocity_loss(model, inputs, dtype)
-
-        rate = learning_rate_at(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        accelerator.backward(loss)
-        grad_norm = float(accelerator.clip_grad_norm_(parameters, config.max_grad_norm))
-        mean_loss = float(accelerator.reduce(loss.detach(), reduction="mean"))
-        scaled = accelerator.scaler is not None  # fp16: an overflowing gradient is skipped and the scale lowered
-        if not math.isfinite(mean_loss) or not (scaled or math.isfinite(grad_norm)):
-            raise StageError(
-                f"step {step + 1}: the loss is {mean_loss} and the gradient norm {grad_norm}, expected finite numbers; "
-                f"the batch was {', '.join(batch_names)}. Check these samples, lower train.learning_rate "
-                f"({config.learning_rate}), or train in bfloat16 or float32 rather than float16"
-            )
+        outcome = runner.gradients(step, parts)
+        grad_norm = float(accelerator.clip_grad_norm_(list(trained.parameters.values()), config.max_grad_norm))
+        if not outcome.finite(grad_norm, scaled=trained.scaler is not None):
+            if checkpoint_dir is not None and step > done and accelerator.is_main_process:
+                save_checkpoint(checkpoint_dir, step, trained, settings, config.keep_checkpoints)
+            raise _not_finite(step, outcome, grad_norm, parts, config, accelerator)
+        for group in trained.optimizer.param_groups:
+            group["lr"] = rate_at(step)
         stepper.step()
         stepper.zero_grad(set_to_none=True)
+        if trained.average is not None:
+            trained.average.step(trained.parameters.values())
 
         now = time.perf_counter()
         state = TrainState(
             step=step + 1,
-            loss=mean_loss,
-            learning_rate=rate,
+            loss=outcome.loss,
+            learning_rate=rate_at(step),
             seconds=now - started,
             step_seconds=now - step_started,
-            load_seconds=load_seconds,
+            load_seconds=outcome.load_seconds,
             grad_norm=grad_norm,
-            names=tuple(batch_names),
+            names=tuple(name for part in parts for name in part.names),
+            epoch=(step + 1) * size / len(names),
+            to_use=lambda: averaged(trained),
         )
         last = step + 1 == config.steps
         stopping = not last and _any_process(accelerator, should_stop())
         if checkpoint_dir is not None and (last or stopping or (step + 1) % config.checkpoint_every == 0):
             if accelerator.is_main_process:
-                path = save_checkpoint(checkpoint_dir, step + 1, bare, family, optimizer, settings)
+                path = save_checkpoint(checkpoint_dir, step + 1, trained, settings, config.keep_checkpoints)
                 state = replace(state, checkpoint=path)
             accelerator.wait_for_everyone()
         yield replace(state, stopped=stopping)
@@ -161,46 +155,71 @@ def train_lora(
             return
 
 
-def velocity_loss(model: Any, inputs: TrainingInputs, dtype: torch.dtype) -> torch.Tensor:
-    """Mean squared error in float32 between predicted and true velocity, the transformer run in `dtype`."""
-    kwargs = {
-        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in inputs.transformer_kwargs.items()
-    }
-    predicted = inputs.select(model(**kwargs, return_dict=False)[0])
-    return torch.nn.functional.mse_loss(predicted.float(), inputs.target.float())
+def _trained(transformer: Any, family: Family, config: TrainConfig, accelerator: Any) -> Trained:
+    """The parts of a run that change; the transformer where it belongs."""
+    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ConfigError(
+            "the transformer has no trainable parameters; call add_lora(transformer, family, config) first"
+        )
+    if config.offload == "none" and config.base_quantization in ("none", "fp8"):
+        transformer.to(accelerator.device)
+    else:  # blocks are where their hooks put them
+        for parameter in parameters:
+            parameter.data = parameter.data.to(accelerator.device)
+    average = None
+    if config.ema_decay is not None:
+        from diffusers.training_utils import EMAModel
 
-
-def _settings(
-    config: TrainConfig, family: Family, names: Sequence[str], caption_dropout: float, world: int
-) -> dict[str, Any]:
-    """What the run's numbers depend on, as JSON values: a continuation must have the same."""
-    digest = hashlib.blake2b("\n".join(sorted(names)).encode(), digest_size=16).hexdigest()
-    return {
-        **config.model_dump(mode="json", exclude=set(FREE_SETTINGS)),
-        "family": family.name,
-        "caption_dropout": caption_dropout,
-        "processes": world,
-        "samples": f"{len(names)} ({digest})",
-    }
+        average = EMAModel(parameters, decay=config.ema_decay)
+    return Trained(transformer, family, make_optimizer(parameters, config), average, accelerator.scaler)
 
 
 def _resumed(
-    folder: Path | None, resume: bool, transformer: Any, family: Family, optimizer: Any, settings: dict[str, Any]
+    folder: Path | None, resume: bool, trained: Trained, settings: Mapping[str, Any], notice: Callable[[str], None]
 ) -> int:
-    """Steps already taken: those of the newest checkpoint when resuming, else 0."""
-    found = checkpoints(folder) if folder is not None else []
-    if not found:
+    """Steps that are done already; raises ConfigError where a new run would mix with an old one."""
+    existing = checkpoints(folder) if folder is not None else []
+    if not existing:
         return 0
     if not resume:
         raise ConfigError(
-            f"{folder} already holds {len(found)} checkpoints of a run; resume it, or choose or clear a folder"
+            f"{folder} already holds {len(existing)} checkpoints, the newest {existing[-1].name}; "
+            "resume that run, or choose another folder"
         )
-    return load_checkpoint(found[-1], transformer, family, optimizer, settings)
+    differences = check_continuation(saved_settings(existing[-1]), settings, existing[-1])
+    if differences:
+        notice(
+            f"going on from {existing[-1].name} with other settings, so the run will not be what it would have been "
+            f"without the interruption: {'; '.join(differences)}"
+        )
+    return load_checkpoint(existing[-1], trained)
+
+
+def _not_finite(
+    step: int,
+    outcome: StepGradients,
+    grad_norm: float,
+    parts: Sequence[MicroBatch],
+    config: TrainConfig,
+    accelerator: Any,
+) -> StageError:
+    """The error for a step that must not be taken, naming the samples of all processes."""
+    from accelerate.utils import gather_object
+
+    at_fault = gather_object([*outcome.at_fault])
+    names = gather_object([name for part in parts for name in part.names])
+    culprits = f"not finite for {', '.join(at_fault)}; " if at_fault else ""
+    return StageError(
+        f"step {step + 1}: the loss is {outcome.loss} and the gradient norm {grad_norm}, expected finite numbers; "
+        f"{culprits}the batch was {', '.join(names)}. The step was not taken. Check these samples, lower "
+        f"train.learning_rate ({config.learning_rate}), or train in bfloat16 or float32 rather than float16"
+    )
 
 
 def _any_process(accelerator: Any, flag: bool) -> bool:
-    """True on all processes where it is true on any: they must leave the loop together."""
+    """Whether it holds on any process: they must stop at the same step."""
     if accelerator.num_processes == 1:
         return flag
-    return bool(accelerator.reduce(torch.tensor(int(flag), device=accelerator.device), reduction="sum") > 0)
+    count = accelerator.reduce(torch.tensor(int(flag), device=accelerator.device), reduction="sum")
+    return bool(count.item())

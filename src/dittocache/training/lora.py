@@ -35,6 +35,7 @@ def add_lora(transformer: Any, family: Family, config: TrainConfig) -> list[torc
     lora_config = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha if config.alpha is not None else config.rank,
+        lora_dropout=config.lora_dropout,
         init_lora_weights=True,
         target_modules=list(family.lora_targets),
     )

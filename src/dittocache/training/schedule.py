@@ -1,7 +1,8 @@
-"""What happens at which step, as functions of numbers: sample order, noise, sigmas, dropout, learning rate.
+"""What happens at which step, as functions of numbers: sample order, noise, sigmas, caption dropout.
 
-Everything random at a step is drawn from a generator that depends on the seed, the step and the process alone, so a
-resumed run goes on exactly as an uninterrupted one would have.
+Everything random about a sample is drawn from a generator that depends on the seed, the step and the sample's place
+in the step's batch alone. A resumed run goes on exactly as an uninterrupted one would have, and a batch of eight is the
+same batch whether one process takes it at once, in four parts, or eight processes take one sample each.
 """
 
 from __future__ import annotations
@@ -10,81 +11,132 @@ import hashlib
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count, groupby
 
 import torch
 
 from dittocache.errors import DataError
 from dittocache.training.config import TrainConfig
 
-LOGIT_MEAN, LOGIT_STD = 0.0, 1.0  # Esser et al. 2024 (arXiv:2403.03206), section 3.1
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples that pass the transformer together, and their places in the step's batch."""
+
+    names: tuple[str, ...]
+    places: tuple[int, ...]
 
 
-def step_generator(seed: int, step: int, rank: int) -> torch.Generator:
-    """A CPU generator for one step of one process; on the CPU, so that every device sees the same numbers."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)  # seeds are signed 64-bit numbers
+@dataclass(frozen=True)
+class Draws:
+    """What chance decides about one sample: noise `(N, C)` float32, sigma in (0, 1), whether its caption is dropped."""
+
+    noise: torch.Tensor
+    sigma: torch.Tensor
+    drop_caption: bool
 
 
-def draw_sigmas(config: TrainConfig, count: int, generator: torch.Generator) -> torch.Tensor:
-    """Noise levels `(count,)` float32 in (0, 1) of the configured distribution."""
-    from diffusers.training_utils import compute_density_for_timestep_sampling
-
-    scheme = "logit_normal" if config.timestep_sampling == "logit_normal" else "none"
-    u: torch.Tensor = compute_density_for_timestep_sampling(
-        scheme, count, logit_mean=LOGIT_MEAN, logit_std=LOGIT_STD, generator=generator
-    )
-    if config.timestep_sampling == "shifted":
-        shift = config.timestep_shift
-        u = shift * u / (1 + (shift - 1) * u)
-    return u
+def sample_seed(seed: int, step: int, place: int) -> int:
+    """A 63-bit seed for one sample of one step."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{place}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1  # seeds are signed 64-bit numbers
 
 
-def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """Learning rate of optimizer step `step` (from 0): linear warm-up, then a cosine to zero.
-
-    The warm-up starts above zero, so that no step is spent on nothing; it takes at most half of a short run.
-    """
-    warmup = min(config.warmup_steps, config.steps // 2)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(config.steps - warmup, 1)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
-def batches_from(
-    buckets: Mapping[str, object], batch_size: int, seed: int, start: int, count: int, rank: int = 0, world: int = 1
-) -> Iterator[list[str]]:
-    """Names of the samples of steps `start` ... `start + count - 1` for one process.
+def draw(config: TrainConfig, step: int, place: int, shape: tuple[int, ...], caption_dropout: float) -> Draws:
+    """The draws for the sample at `place` of a step's batch, on the CPU, so that every device sees the same numbers.
 
     Args:
-        buckets: sample name -> what samples of one batch must have in common.
+        shape: of the sample's packed latents, `(N, C)`.
+    """
+    generator = torch.Generator().manual_seed(sample_seed(config.seed, step, place))
+    drop = float(torch.rand((), generator=generator)) < caption_dropout
+    sigma = draw_sigmas(config, 1, shape[0], generator)[0]
+    return Draws(torch.randn(shape, generator=generator), sigma, drop)
 
-    Each epoch shuffles the samples within their buckets, cuts batches, and shuffles the batches; a bucket's last
-    batch may be smaller. Of the batches of all epochs, in order, process `rank` of `world` takes every `world`-th.
-    Raises DataError where there are no samples.
+
+def draw_sigmas(config: TrainConfig, size: int, tokens: int, generator: torch.Generator) -> torch.Tensor:
+    """Noise levels `(size,)` float32 in (0, 1) of the configured distribution, for pictures of `tokens` tokens.
+
+    Logit-normal: Esser et al. 2024 (arXiv:2403.03206), section 3.1; shift: their equation 23.
+    """
+    from diffusers.training_utils import compute_density_for_timestep_sampling
+
+    normal = config.timestep_sampling in ("logit_normal", "resolution_shifted")
+    u: torch.Tensor = compute_density_for_timestep_sampling(
+        "logit_normal" if normal else "none",
+        size,
+        logit_mean=config.logit_mean,
+        logit_std=config.logit_std,
+        generator=generator,
+    )
+    shift = timestep_shift(config, tokens)
+    return u if shift == 1 else shift * u / (1 + (shift - 1) * u)
+
+
+def timestep_shift(config: TrainConfig, tokens: int) -> float:
+    """The factor s of sigma = s u / (1 + (s - 1) u) for pictures of `tokens` tokens; 1 where nothing is shifted."""
+    if config.timestep_sampling == "shifted":
+        return config.timestep_shift
+    if config.timestep_sampling == "resolution_shifted":
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        return math.exp(calculate_shift(tokens, *config.shift_tokens, *config.shift_exponents))
+    return 1.0
+
+
+def global_batches(buckets: Mapping[str, object], size: int, seed: int) -> Iterator[list[str]]:
+    """The names of each step's samples, `size` a step, without end.
+
+    Args:
+        buckets: sample name -> what samples that pass the transformer together must have in common.
+
+    Each epoch shuffles the samples within their buckets, cuts batches of one bucket, and shuffles the batches. What is
+    left of the buckets makes batches of mixed buckets; what is left of these comes first in the next epoch, so that
+    all batches are full and all samples are seen equally often. Raises DataError where there are no samples.
     """
     if not buckets:
         raise DataError("no samples to train on; the data set is empty or none of its samples could be encoded")
-    first, epoch, position = start * world + rank, 0, 0
-    wanted = count
-    while wanted > 0:
-        order = _epoch(buckets, batch_size, seed, epoch)
-        for names in order:
-            if position >= first and (position - first) % world == 0 and wanted > 0:
-                wanted -= 1
-                yield names
-            position += 1
-        epoch += 1
+    carried: list[str] = []
+    for epoch in count():
+        rng = random.Random(f"order/{seed}/{epoch}")
+        groups: dict[object, list[str]] = {}
+        for name in sorted(buckets):
+            groups.setdefault(buckets[name], []).append(name)
+        batches, remainders = [], []
+        for names in groups.values():
+            rng.shuffle(names)
+            whole = len(names) // size * size
+            batches += [names[at : at + size] for at in range(0, whole, size)]
+            remainders.append(names[whole:])
+        rng.shuffle(remainders)
+        rest = [*carried, *(name for names in remainders for name in names)]
+        whole = len(rest) // size * size
+        batches += [_by_bucket(rest[at : at + size], buckets) for at in range(0, whole, size)]
+        carried = rest[whole:]
+        rng.shuffle(batches)
+        yield from batches
 
 
-def _epoch(buckets: Mapping[str, object], batch_size: int, seed: int, epoch: int) -> Sequence[list[str]]:
-    rng = random.Random(f"order/{seed}/{epoch}")
-    groups: dict[object, list[str]] = {}
-    for name in sorted(buckets):
-        groups.setdefault(buckets[name], []).append(name)
-    batches = []
-    for names in groups.values():
-        rng.shuffle(names)
-        batches += [names[at : at + batch_size] for at in range(0, len(names), batch_size)]
-    rng.shuffle(batches)
-    return batches
+def micro_batches(
+    names: Sequence[str], buckets: Mapping[str, object], batch_size: int, rank: int = 0, world: int = 1
+) -> list[MicroBatch]:
+    """What process `rank` of `world` passes through the transformer, in order: its share of a step's batch `names`.
+
+    Each holds at most `batch_size` samples of one bucket.
+    """
+    share = len(names) // world
+    places = range(rank * share, (rank + 1) * share)
+    parts = []
+    for _, run in groupby(places, key=lambda place: buckets[names[place]]):
+        same = list(run)
+        parts += [same[at : at + batch_size] for at in range(0, len(same), batch_size)]
+    return [MicroBatch(tuple(names[place] for place in part), tuple(part)) for part in parts]
+
+
+def _by_bucket(names: Sequence[str], buckets: Mapping[str, object]) -> list[str]:
+    """The same names with those of one bucket together."""
+    first: dict[object, int] = {}
+    for position, name in enumerate(names):
+        first.setdefault(buckets[name], position)
+    return sorted(names, key=lambda name: first[buckets[name]])
