@@ -1,0 +1,108 @@
+"""The frozen transformer that a LoRA is trained on: in full, in 8 or 4 bit, on the device or offloaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dittocache.errors import ConfigError, ModelError
+from dittocache.families.base import Family
+from dittocache.families.loading import diffusers_class
+from dittocache.training.config import TrainConfig
+
+
+def load_frozen(
+    model: str,
+    family: Family,
+    config: TrainConfig,
+    dtype: torch.dtype,
+    device: str,
+    notice: Callable[[str], None] = lambda text: None,
+) -> Any:
+    """The checkpoint's transformer as `train.base_quantization`, `offload` and `gradient_checkpointing` say.
+
+    Call `add_lora` on it next. `notice` is told where a setting does nothing here.
+
+    Raises ConfigError where a package that a setting needs is not installed, ModelError for the checkpoint.
+    """
+    offloaded = config.offload == "group" and torch.device(device).type != "cpu"
+    if config.base_quantization in ("nf4", "int8"):
+        transformer = _quantized(model, family, config, dtype, device)
+    else:
+        # Brought to its final size before it goes to the device, which may not hold it in full.
+        first = "cpu" if offloaded or config.base_quantization == "fp8" else device
+        transformer = family.load_pipeline(model, ["transformer"], dtype, first).transformer
+    transformer.requires_grad_(False)
+    if config.base_quantization == "fp8":
+        store_in_fp8(transformer, dtype)
+        if not config.gradient_checkpointing:
+            notice(
+                "train.base_quantization fp8 without train.gradient_checkpointing: the backward pass keeps every "
+                "weight in the computing format, so that no memory is saved; set gradient_checkpointing to true"
+            )
+        if not offloaded:
+            transformer.to(device)
+    if config.offload == "group" and not offloaded:
+        notice("train.offload group does nothing on the CPU: there is no other device to keep blocks away from")
+    if offloaded:
+        offload_layers(transformer, torch.device(device))
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return transformer
+
+
+def store_in_fp8(transformer: Any, dtype: torch.dtype) -> None:
+    """Hold the weights as float8 (e4m3) and compute in `dtype`: diffusers' layerwise casting."""
+    transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+
+
+def offload_layers(transformer: Any, device: torch.device) -> None:
+    """Keep the layers in the machine's memory and bring each to `device` for its own forward pass, one ahead.
+
+    To be called before the LoRA is added: by layer, so that the LoRA's own layers, which come later, stay where they
+    are, with their gradients and the optimizer's moments.
+    """
+    transformer.enable_group_offload(
+        onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda", non_blocking=True
+    )
+
+
+def quantization_config(config: TrainConfig, dtype: torch.dtype) -> Any:
+    """Diffusers' configuration for `nf4` (bitsandbytes) or `int8` (bitsandbytes, else torchao).
+
+    Raises ConfigError where neither package is installed.
+    """
+    import diffusers
+
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        if config.base_quantization == "nf4":
+            return diffusers.BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            )
+        return diffusers.BitsAndBytesConfig(load_in_8bit=True)
+    if config.base_quantization == "int8" and importlib.util.find_spec("torchao") is not None:
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return diffusers.TorchAoConfig(Int8WeightOnlyConfig())
+    packages = "bitsandbytes" if config.base_quantization == "nf4" else "bitsandbytes or torchao"
+    raise ConfigError(
+        f"train.base_quantization {config.base_quantization} needs {packages}, which is not installed; "
+        f"`pip install {packages.partition(' ')[0]}`, or choose fp8, which needs nothing more"
+    )
+
+
+def _quantized(model: str, family: Family, config: TrainConfig, dtype: torch.dtype, device: str) -> Any:
+    if config.offload == "group":
+        raise ConfigError(
+            f"train.offload group does not go with train.base_quantization {config.base_quantization}; "
+            "choose fp8 for offloaded blocks"
+        )
+    options = {"quantization_config": quantization_config(config, dtype), "dtype": dtype}
+    transformer_class = diffusers_class(family.transformer.class_name)
+    try:
+        return transformer_class.from_pretrained(model, subfolder="transformer", device_map={"": device}, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"cannot load the transformer of {model!r} as {config.base_quantization}: {error}") from error
