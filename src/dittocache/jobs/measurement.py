@@ -10,6 +10,8 @@ from dittocache.errors import ConfigError
 from dittocache.events import EventLog, Progress
 from dittocache.jobs.inputs import RunInputs, load_manifest
 from dittocache.jobs.lora_training import live_source, open_source, peak_bytes
+from dittocache.training.accelerator import make_accelerator
+from dittocache.training.frozen_base import load_frozen
 from dittocache.training.loop import train_lora
 from dittocache.training.lora import add_lora
 from dittocache.training.sources import Source
@@ -27,24 +29,25 @@ def measure(inputs: RunInputs, log: EventLog) -> None:
     if not inputs.config.cache.use_cache:
         raise ConfigError("cache.use_cache is false: there is no cached training to compare with; set it to true")
     names = list(load_manifest(inputs).samples)
-    transformer = inputs.family.load_pipeline(inputs.model, ["transformer"], inputs.dtype, inputs.device).transformer
-    add_lora(transformer, inputs.family, inputs.config.train)
+    settings = inputs.config.train.model_copy(update={"log_with": []})
+    accelerator = make_accelerator(settings, inputs.device)
+    transformer = load_frozen(inputs.model, inputs.family, settings, inputs.dtype, inputs.device)
+    add_lora(transformer, inputs.family, settings)
     progress = Progress(log, 2 * (WARM_UP_STEPS + MEASURED_STEPS))
-    cached = _timed(inputs, transformer, open_source(inputs, log)[1], names, progress)
-    live = _timed(inputs, transformer, live_source(inputs), names, progress)
+    cached = _timed(inputs, transformer, accelerator, open_source(inputs, log)[1], names, progress)
+    live = _timed(inputs, transformer, accelerator, live_source(inputs), names, progress)
     ratio = live["seconds_per_step"] / cached["seconds_per_step"]
     words = f"cached {cached['seconds_per_step']:.3f} s a step, live {live['seconds_per_step']:.3f} s: {ratio:.1f}x"
     log.emit("result", cached=cached, live=live, words=words)
 
 
 def _timed(
-    inputs: RunInputs, transformer: Any, source: Source, names: Sequence[str], progress: Progress
+    inputs: RunInputs, transformer: Any, accelerator: Any, source: Source, names: Sequence[str], progress: Progress
 ) -> dict[str, float | int]:
     settings = inputs.config.train.model_copy(update={"steps": WARM_UP_STEPS + MEASURED_STEPS})
     seconds = []
-    for state in train_lora(
-        transformer, inputs.family, source, names, settings, caption_dropout=inputs.config.data.caption_dropout
-    ):
+    dropout = inputs.config.data.caption_dropout
+    for state in train_lora(transformer, inputs.family, source, names, settings, accelerator, caption_dropout=dropout):
         seconds.append(state.step_seconds)
         progress.advance()
     return {

@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_stage(name: str, run_dir: Path) -> int:
     """Carry out one stage in this process, with its events; return the exit code."""
-    log = EventLog(run_dir / EVENTS_NAME, name)
+    # Of the processes that `accelerate launch` starts, the first speaks for all.
+    first = os.environ.get("RANK", "0") == "0"
+    log = EventLog(run_dir / EVENTS_NAME if first else Path(os.devnull), name)
     log.emit("stage_started", pid=os.getpid(), command=[sys.executable, *sys.argv])
     started = time.monotonic()
     try:

@@ -1,0 +1,121 @@
+"""The training stage: what it makes beside the LoRA, resumed, validated, in several processes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.jobs.test_whole_run import carry_out
+from tests.training.processes import run_distributed
+
+from dittocache.config import RunConfig, save_config
+from dittocache.events import Event, read_events
+from dittocache.training.checkpoint import checkpoints
+from dittocache.training.lora import WEIGHT_NAME, read_settings
+
+CACHED = ("validate", "cache_latents", "cache_text")
+
+
+def _with(config: RunConfig, **settings: Any) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update=settings)})
+
+
+def _lora(config: RunConfig, name: str = "lora") -> dict[str, torch.Tensor]:
+    return load_file(config.run_dir / name / WEIGHT_NAME)
+
+
+def test_the_memory_plan_is_told_before_anything_is_loaded(config: RunConfig) -> None:
+    events: list[Event] = []
+    carry_out(config, *CACHED, "train", listener=events.append)
+    kinds = [
+        next((name for name in ("memory_plan", "loss", "text") if name in event), "")
+        for event in events
+        if event["stage"] == "train"
+    ]
+    assert kinds.index("memory_plan") < kinds.index("loss")
+    plan = next(event["memory_plan"] for event in events if "memory_plan" in event)
+    model = Path(config.model.path) / "transformer"
+    assert plan["weights"] == sum(
+        tensor.nbytes for file in model.glob("*.safetensors") for tensor in load_file(file).values()
+    )
+    assert plan["lora"] == sum(tensor.nbytes for tensor in _lora(config).values())
+    assert any("memory for training about" in event.get("text", "") for event in events)
+
+
+def test_the_average_is_the_lora_to_use_and_the_raw_weights_lie_beside_it(config: RunConfig) -> None:
+    averaged = _with(config, ema_decay=0.5, keep_checkpoints=1, steps=4, learning_rate=1e-2)
+    carry_out(averaged, *CACHED, "train")
+    [last] = checkpoints(averaged.run_dir / "checkpoints")
+    assert last.name == "step-00000004"
+    raw = _lora(averaged, "lora-raw")
+    plain = config.model_copy(update={"name": "plain"})
+    plain = _with(plain, steps=4, learning_rate=1e-2)
+    carry_out(plain, *CACHED, "train")
+    assert all(torch.equal(raw[name], tensor) for name, tensor in _lora(plain).items())
+    assert not all(torch.equal(raw[name], tensor) for name, tensor in _lora(averaged).items())
+    assert read_settings(averaged.run_dir / "lora")["ema_decay"] == 0.5
+    assert not (plain.run_dir / "lora-raw").exists()
+
+
+def test_pictures_are_made_on_the_way_and_change_nothing(config: RunConfig) -> None:
+    events: list[Event] = []
+    carry_out(config, *CACHED, "train")
+    watched = _with(config.model_copy(update={"name": "watched"}), validate_every=2, validation_pictures=1)
+    carry_out(watched, *CACHED, "train", listener=events.append)
+    made = [event["validation"] for event in events if "validation" in event]
+    assert [one["step"] for one in made] == [2]
+    [row] = made[0]["pictures"]
+    assert row["name"] == "edit-0"
+    assert (watched.run_dir / row["picture"]).is_file()
+    assert row["picture"].startswith("samples/step-2/")
+    assert all(torch.equal(tensor, _lora(watched)[name]) for name, tensor in _lora(config).items())
+
+
+def test_prompts_of_ones_own_are_pictured_on_the_data_sets_references(config: RunConfig) -> None:
+    prompts = ["make it blue", "make it round", "one too many"]
+    watched = _with(config, validate_every=3, validation_prompts=prompts)
+    carry_out(watched, *CACHED, "train")
+    names = sorted(path.name for path in (watched.run_dir / "samples" / "step-3").iterdir())
+    assert names == ["prompt-1.png", "prompt-2.png"]
+
+
+def test_another_model_is_no_continuation_and_other_captions_are_told(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carry_out(config, *CACHED, "train")
+    (config.run_dir / "checkpoints" / "finished").unlink()
+    (config.data.path / "training_images" / "edit-2.txt").write_text("something else\n")
+    warnings: list[str] = []
+
+    def listen(event: Event) -> None:
+        if event["kind"] == "message" and event["level"] == "warning":
+            warnings.append(event["text"])
+
+    carry_out(_with(config, steps=4), *CACHED, "train", listener=listen)
+    assert len(warnings) == 1
+    assert "data: the checkpoint has" in warnings[0]
+    assert "steps: the checkpoint has 3, this run has 4" in warnings[0]
+
+
+def test_tensorboard_gets_the_losses(config: RunConfig) -> None:
+    pytest.importorskip("tensorboard")
+    carry_out(_with(config, log_with=["tensorboard"]), *CACHED, "train")
+    assert list((config.run_dir / "logs").rglob("events.out.*"))
+
+
+def test_two_processes_share_one_run_with_pictures(config: RunConfig) -> None:
+    carry_out(config, *CACHED)
+    shared = _with(config, validate_every=1, steps=2, validation_pictures=1)
+    save_config(shared, shared.run_dir / "config.yaml")
+    arguments = ["-m", "dittocache.jobs.stage", "train", "--run-dir", str(shared.run_dir)]
+    for code, output in run_distributed(arguments, 2, 41_000 + os.getpid() % 9_000):
+        assert code == 0, output
+    events = [event for event in read_events(shared.run_dir / "events.jsonl") if event["stage"] == "train"]
+    assert [event["step"] for event in events if event["kind"] == "metric"] == [1, 2]
+    assert [event["kind"] for event in events].count("stage_finished") == 1
+    assert [event["validation"]["step"] for event in events if "validation" in event] == [1, 2]
+    assert read_settings(shared.run_dir / "lora")["global_batch"] == 2
