@@ -87,3 +87,13 @@ def live(pipe: Any, family: Family, samples: list[Sample]) -> LiveSource:
 def reader(live: LiveSource, names: list[str]) -> MemoryReader:
     """Everything cached."""
     return MemoryReader(dict(zip(names, live.load(names), strict=True)))
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate remembers the first mixed precision of a process; forget it before and after."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

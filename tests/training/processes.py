@@ -13,19 +13,21 @@ import dittocache
 ROOT = Path(__file__).parents[2]
 
 
+def environment(**variables: str) -> dict[str, str]:
+    """Variables for a Python process of its own that imports the package and the tests, on one core."""
+    sources = str(Path(dittocache.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([sources, str(ROOT)]), "OMP_NUM_THREADS": "1", **variables}
+
+
 def run_distributed(arguments: Sequence[str], world: int, port: int, timeout: float = 100) -> list[tuple[int, str]]:
     """Run `python ARGUMENTS` as `world` ranks; return code and output of each. Kills all when time is up."""
-    sources = str(Path(dittocache.__file__).parents[1])
-    shared = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([sources, str(ROOT)]),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
+    shared = environment(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        ACCELERATE_USE_CPU="true",
+    )
     processes = [
         subprocess.Popen(
             [sys.executable, *arguments],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -84,9 +85,7 @@ def quantization_config(config: TrainConfig, dtype: torch.dtype) -> Any:
             )
         return diffusers.BitsAndBytesConfig(load_in_8bit=True)
     if config.base_quantization == "int8" and importlib.util.find_spec("torchao") is not None:
-        from torchao.quantization import Int8WeightOnlyConfig
-
-        return diffusers.TorchAoConfig(Int8WeightOnlyConfig())
+        return diffusers.TorchAoConfig(importlib.import_module("torchao.quantization").Int8WeightOnlyConfig())
     packages = "bitsandbytes" if config.base_quantization == "nf4" else "bitsandbytes or torchao"
     raise ConfigError(
         f"train.base_quantization {config.base_quantization} needs {packages}, which is not installed; "

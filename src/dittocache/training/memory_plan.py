@@ -232,7 +232,7 @@ def _activation_bytes(
     if not config.gradient_checkpointing:
         return everything
     blocks = len(family.transformer.blocks(transformer))
-    width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+    width = int(transformer.config.num_attention_heads * transformer.config.attention_head_dim)
     between = blocks * config.batch_size * size.total * width * dtype.itemsize
     return between + everything // blocks  # the inputs of all blocks, and one block while it is computed again
 
