@@ -241,3 +241,47 @@ def test_every_setting_is_described() -> None:
 def test_one_picture_needs_no_brackets(tmp_path: Path) -> None:
     content = {"model": {"path": "bundled"}, "data": {"path": tmp_path}, "generate": {"prompt": "a", "image": "a.png"}}
     assert check_config(content).generate.image == [Path("a.png")]
+
+
+def test_the_specs_training_sections_are_understood() -> None:
+    content = {
+        "model": {"pretrained_model_name_or_path": "somewhere", "lora": {"r": 8, "lora_alpha": 4}},
+        "data": {"init_args": {"dataset_path": "pictures"}, "batch_size": 2},
+        "optimizer": {
+            "class_path": "bitsandbytes.optim.Adam8bit",
+            "init_args": {"lr": "1e-4", "betas": [0.9, 0.99], "weight_decay": 0.1, "eps": "1e-8", "mode": "sparse"},
+        },
+        "lr_scheduler": {"scheduler_type": "constant_with_warmup", "warmup_steps": 5, "num_cycles": 0.5, "power": 2.0},
+        "train": {
+            "max_train_steps": 7,
+            "checkpointing_steps": 3,
+            "checkpoints_total_limit": 2,
+            "gradient_accumulation_steps": 4,
+            "mixed_precision": "bf16",
+        },
+        "logging": {"output_dir": "out", "report_to": "all"},
+        "validation": {"enabled": True, "steps": 50, "max_samples": 3},
+    }
+    config = check_config(content)
+    train = config.train
+    assert (config.model.path, str(config.data.path), str(config.output_dir)) == ("somewhere", "pictures", "out")
+    assert (train.optimizer, train.learning_rate) == ("bitsandbytes.optim.Adam8bit", 1e-4)
+    assert (train.betas, train.weight_decay) == ((0.9, 0.99), 0.1)
+    assert train.optimizer_args == {"eps": 1e-8, "mode": "sparse"}
+    assert (train.lr_schedule, train.warmup_steps, train.lr_cycles, train.lr_power) == ("constant", 5, 1, 2.0)
+    assert (train.steps, train.checkpoint_every, train.keep_checkpoints, train.batch_size) == (7, 3, 2, 2)
+    assert (train.rank, train.alpha, train.log_with) == (8, 4, ["tensorboard", "wandb"])
+    assert (train.validate_every, train.validation_pictures) == (50, 3)
+
+
+def test_the_specs_training_sections_may_be_empty_off_or_wrong() -> None:
+    quiet = {"optimizer": {}, "logging": {"report_to": "none"}, "validation": {"enabled": False, "steps": 50}}
+    config = check_config(SMALLEST | quiet)
+    assert (config.train.optimizer, config.train.log_with, config.train.validate_every) == ("adamw", [], None)
+    found = problems_of(SMALLEST | {"optimizer": {"class": "x"}, "lr_scheduler": {"scheduler_type": "spiral"}})
+    assert any(problem.startswith("optimizer: there is no such setting") for problem in found)
+    assert any(problem.startswith("train.lr_schedule: found 'spiral'") for problem in found)
+    [both] = problems_of(with_settings(train={"learning_rate": 1e-3}) | {"optimizer": {"init_args": {"lr": 1e-4}}})
+    assert "optimizer.init_args.lr is 0.0001 but train.learning_rate is 0.001" in both
+    [offload] = problems_of(with_settings(train={"offload": "group"}))
+    assert "train.gradient_checkpointing true" in offload

@@ -122,6 +122,12 @@ class TrainConfig(Settings):
     def _one_logger_is_a_list_of_one(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    @field_validator("optimizer_args")
+    @classmethod
+    def _numbers_are_numbers(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """YAML reads 1e-8 as text, for want of a dot."""
+        return {name: _number(one) if isinstance(one, str) else one for name, one in value.items()}
+
     @field_validator("betas")
     @classmethod
     def _betas_are_decays(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
@@ -137,3 +143,10 @@ class TrainConfig(Settings):
                 "would keep every block on the GPU"
             )
         return self
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
