@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.jobs.test_whole_run import carry_out
-from tests.training.processes import run_distributed
+from tests.training.processes import environment
 
 from dittocache.config import RunConfig, save_config
+from dittocache.errors import ConfigError
 from dittocache.events import Event, read_events
 from dittocache.training.checkpoint import checkpoints
 from dittocache.training.lora import WEIGHT_NAME, read_settings
@@ -109,13 +111,60 @@ def test_tensorboard_gets_the_losses(config: RunConfig) -> None:
 
 def test_two_processes_share_one_run_with_pictures(config: RunConfig) -> None:
     carry_out(config, *CACHED)
-    shared = _with(config, validate_every=1, steps=2, validation_pictures=1)
+    shared = _with(config, processes=2, validate_every=1, steps=2, validation_pictures=1)
     save_config(shared, shared.run_dir / "config.yaml")
-    arguments = ["-m", "dittocache.jobs.stage", "train", "--run-dir", str(shared.run_dir)]
-    for code, output in run_distributed(arguments, 2, 41_000 + os.getpid() % 9_000):
-        assert code == 0, output
+    ended = _stage(shared)
+    assert ended.returncode == 0, ended.stdout
     events = [event for event in read_events(shared.run_dir / "events.jsonl") if event["stage"] == "train"]
     assert [event["step"] for event in events if event["kind"] == "metric"] == [1, 2]
     assert [event["kind"] for event in events].count("stage_finished") == 1
     assert [event["validation"]["step"] for event in events if "validation" in event] == [1, 2]
     assert read_settings(shared.run_dir / "lora")["global_batch"] == 2
+
+
+def test_an_error_in_one_of_two_processes_ends_both(config: RunConfig) -> None:
+    carry_out(config, *CACHED)
+    shared = _with(config, processes=2)
+    save_config(shared, shared.run_dir / "config.yaml")
+    (shared.run_dir / "manifest.json").write_text("{}")
+    ended = _stage(shared)
+    assert ended.returncode == 1
+    assert "is damaged" in ended.stdout
+
+
+def _stage(config: RunConfig) -> subprocess.CompletedProcess[str]:
+    """The training stage in a process of its own, which may start others."""
+    command = [sys.executable, "-m", "dittocache.jobs.stage", "train", "--run-dir", str(config.run_dir)]
+    return subprocess.run(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=110
+    )
+
+
+def test_what_the_settings_need_is_asked_for_first(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dittocache.training.accelerator.importlib.util.find_spec", lambda name: None)
+    wanting = _with(
+        config, optimizer="nowhere.Optimizer", base_quantization="nf4", log_with=["wandb"], mixed_precision="fp16"
+    )
+    with pytest.raises(ConfigError) as caught:
+        carry_out(wanting, "validate")
+    found = caught.value.problems
+    for words in ("pip install nowhere", "pip install bitsandbytes", "pip install wandb", "fp16 needs a GPU"):
+        assert any(words in problem for problem in found), words
+
+
+WAITING = """
+import sys, time
+from pathlib import Path
+from dittocache.jobs import training_processes
+training_processes.GRACE_SECONDS = 0.5
+with training_processes.other_processes(Path(sys.argv[1]), 2):
+    time.sleep(100)  # stands for an operation that waits for the other process
+"""
+
+
+def test_a_process_that_waits_for_a_dead_one_is_ended(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WAITING, str(tmp_path / "no such run")]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=90)
+    assert ended.returncode == 1
+    assert "there is no config file" in ended.stderr
+    assert "because of process 1 with code 2" in ended.stderr

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.training.conftest import MemoryReader
 from tests.training.processes import environment
 
@@ -69,7 +70,10 @@ def _run(
         transformer, family, CachedSource(reader), reader.names, config, accelerator, caption_dropout=0.3, **options
     )
     states = list(run)
-    return states, {name: one.detach() for name, one in transformer.named_parameters() if "lora_" in name}
+    weights = {name: one.detach() for name, one in transformer.named_parameters() if "lora_" in name}
+    if states and states[-1].checkpoint is not None:
+        weights |= {f"to use: {name}": one for name, one in load_file(states[-1].checkpoint / WEIGHT_NAME).items()}
+    return states, weights
 
 
 def _numbers(states: list[TrainState]) -> list[tuple[float, float, float]]:
@@ -92,7 +96,7 @@ def test_interrupted_at_any_step(
 ) -> None:
     monkeypatch.setitem(sys.modules, __name__, sys.modules[Steps.__module__])
     config = TrainConfig.model_validate({**SETTINGS, **settings})
-    whole, expected = _run(family, reader, config)
+    whole, expected = _run(family, reader, config, checkpoint_dir=tmp_path / "whole")
     for interrupted_after in (1, 3):
         folder = tmp_path / str(interrupted_after)
         asked = iter([False] * (interrupted_after - 1) + [True])
@@ -116,7 +120,7 @@ def test_the_scaler_of_fp16_goes_on_where_it_was(family: Family, reader: MemoryR
         AcceleratorState._reset_state(reset_partial_state=True)
         made = Accelerator(cpu=True, mixed_precision="fp16")
         # accelerate scales on GPUs alone; PyTorch's scaler itself works anywhere. Its first steps overflow.
-        made.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**21, growth_interval=2)
+        made.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**23, growth_interval=2)
         made.native_amp = True
         return made
 
@@ -125,7 +129,7 @@ def test_the_scaler_of_fp16_goes_on_where_it_was(family: Family, reader: MemoryR
     options: dict[str, Any] = {"checkpoint_dir": tmp_path, "resume": True}
     first, _ = _run(family, reader, config, accelerator(), should_stop=lambda: next(asked), **options)
     saved = json.loads((checkpoints(tmp_path)[-1] / "state.json").read_text())["scaler"]
-    assert saved["scale"] < 2.0**21
+    assert saved["scale"] < 2.0**23
     rest, weights = _run(family, reader, config, accelerator(), **options)
     norms = [state.grad_norm for state in whole]
     assert any(math.isfinite(norm) for norm in norms) and not all(math.isfinite(norm) for norm in norms)
@@ -137,6 +141,7 @@ KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 import torch
+from safetensors.torch import load_file
 from tests.training.conftest import MemoryReader
 from dittocache.demo.tiny import tiny_pipeline
 from dittocache.families.registry import get_family

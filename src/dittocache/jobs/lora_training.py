@@ -1,6 +1,7 @@
 """The training stage: a LoRA on cached embeddings, or on live ones where the cache is switched off or incomplete.
 
-Started by `accelerate launch`, it is one of several processes: the first writes events, checkpoints and pictures.
+With `train.processes`, or started by `accelerate launch -m dittocache.jobs.stage train --run-dir RUN`, it is one of
+several processes, of which the first writes events, checkpoints and pictures.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dittocache.jobs.run_folder import CHECKPOINTS_NAME, LORA_NAME
 from dittocache.jobs.training_identity import run_identity
 from dittocache.jobs.training_memory import memory_plan
 from dittocache.jobs.training_pictures import TrainingPictures
+from dittocache.jobs.training_processes import other_processes
 from dittocache.training.accelerator import make_accelerator
 from dittocache.training.checkpoint import RAW_NAME, checkpoint_step, checkpoints
 from dittocache.training.frozen_base import load_frozen
@@ -43,6 +45,11 @@ def train(inputs: RunInputs, log: EventLog) -> None:
     pictures made on the way, and a `result`: steps, seconds, median seconds a step, peak memory in bytes, path of the
     LoRA. Raises KeyboardInterrupt after saving when it was stopped.
     """
+    with other_processes(inputs.run_dir, inputs.config.train.processes):
+        _train(inputs, log)
+
+
+def _train(inputs: RunInputs, log: EventLog) -> None:
     config = inputs.config.train
     accelerator = make_accelerator(config, inputs.device, inputs.run_dir / LOGS_NAME)
     device = str(accelerator.device)
@@ -95,8 +102,8 @@ def train(inputs: RunInputs, log: EventLog) -> None:
                         made = pictures.make(state.step)
                     log.emit("result", validation={"step": state.step, "pictures": made})
                 accelerator.wait_for_everyone()
-    if config.log_with:
-        accelerator.end_training()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
     if states and states[-1].stopped:
         log.message(f"stopped after step {states[-1].step}; everything up to it is saved in {folder}")
         raise KeyboardInterrupt

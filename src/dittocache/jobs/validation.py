@@ -18,6 +18,7 @@ from dittocache.errors import ConfigError, DittocacheError
 from dittocache.events import EventLog
 from dittocache.families.loading import component_names
 from dittocache.jobs.inputs import RunInputs, latent_encoders, records_of, text_encoders
+from dittocache.training.requirements import requirement_problems
 
 FREE_BYTES = 200_000_000  # below it not even a small data set and a LoRA are sure to fit
 BUNDLED_RESOLUTION = 256  # the bundled model was trained at 128; far above it, pictures turn to noise
@@ -30,6 +31,8 @@ def validate(inputs: RunInputs, log: EventLog) -> None:
     """
     problems: list[str] = []
     _check_devices(inputs, problems)
+    if _can(lambda: inputs.device):
+        problems.extend(requirement_problems(inputs.config.train, inputs.device))
     with _listed(problems):
         log.message(f"model {inputs.model} is a {inputs.family.name}")
     _check_bundled(inputs, problems)

@@ -35,9 +35,7 @@ def make_accelerator(
     require_loggers(config.log_with)
     if device is not None and device.startswith("cuda:"):
         torch.cuda.set_device(device)  # accelerate takes the current one
-    on_cpu = device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    if config.mixed_precision == "fp16" and on_cpu:
-        raise ConfigError("train.mixed_precision: fp16 needs a GPU, this run is on the CPU; set it to bf16 or no")
+    require_precision(config, device)
     return Accelerator(
         cpu=device == "cpu",
         mixed_precision=config.mixed_precision,
@@ -49,6 +47,13 @@ def make_accelerator(
             InitProcessGroupKwargs(timeout=WAIT),
         ],
     )
+
+
+def require_precision(config: TrainConfig, device: str | None) -> None:
+    """Raise ConfigError where fp16 is asked for on a CPU: accelerate would silently train in full precision."""
+    on_cpu = device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    if config.mixed_precision == "fp16" and on_cpu:
+        raise ConfigError("train.mixed_precision: fp16 needs a GPU, this run is on the CPU; set it to bf16 or no")
 
 
 def require_loggers(names: Sequence[str]) -> None:

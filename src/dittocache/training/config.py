@@ -21,6 +21,9 @@ class TrainConfig(Settings):
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Batches whose gradients make one optimizer step."""
 
+    processes: int = Field(default=1, ge=1)
+    """Processes that share the work of each step, one a GPU; a step then takes as many times the samples."""
+
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate; 1.0 is usual for Prodigy."""
 

@@ -128,8 +128,9 @@ def plan_memory(folder: Path, family: Family, config: TrainConfig, dtype: torch.
     lora = sum(parameter.nbytes for parameter in parameters)
     optimizer, optimizer_note = _optimizer_bytes(parameters, config)
     activations = _activation_bytes(transformer, family, config, dtype, size)
-    if not config.gradient_checkpointing and config.base_quantization != "none":
-        activations += whole  # every weight in the computing format, see `load_frozen`
+    if config.base_quantization != "none":  # weights in the computing format: of one block, or of all (`load_frozen`)
+        blocks = len(family.transformer.blocks(transformer))
+        activations += whole // blocks if config.gradient_checkpointing else whole
     return MemoryPlan(
         weights=_weight_bytes(transformer, config, dtype, whole),
         lora=lora,
