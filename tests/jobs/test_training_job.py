@@ -16,6 +16,8 @@ from tests.training.processes import environment
 from dittocache.config import RunConfig, save_config
 from dittocache.errors import ConfigError
 from dittocache.events import Event, read_events
+from dittocache.jobs.inputs import RunInputs
+from dittocache.jobs.training_pictures import TrainingPictures
 from dittocache.training.checkpoint import checkpoints
 from dittocache.training.lora import WEIGHT_NAME, read_settings
 
@@ -83,6 +85,22 @@ def test_prompts_of_ones_own_are_pictured_on_the_data_sets_references(config: Ru
     carry_out(watched, *CACHED, "train")
     names = sorted(path.name for path in (watched.run_dir / "samples" / "step-3").iterdir())
     assert names == ["prompt-1.png", "prompt-2.png"]
+
+
+def test_pictures_of_cached_samples_need_no_text_encoder(config: RunConfig) -> None:
+    config = config.model_copy(update={"held_out": None})
+    carry_out(config, *CACHED)
+    inputs = RunInputs(config, config.run_dir)
+    transformer = inputs.family.load_pipeline(inputs.model, ["transformer"], inputs.dtype, "cpu").transformer
+    lean = TrainingPictures(inputs, transformer, torch.device("cpu"))
+    from_cache = [(config.run_dir / row["picture"]).read_bytes() for row in lean.make(1)]
+    assert lean._pipe.text_encoder is None
+    uncached = config.model_copy(update={"cache": config.cache.model_copy(update={"use_cache": False})})
+    whole = TrainingPictures(RunInputs(uncached, config.run_dir), transformer, torch.device("cpu"))
+    from_prompts = [(config.run_dir / row["picture"]).read_bytes() for row in whole.make(2)]
+    assert whole._pipe.text_encoder is not None
+    assert from_cache == from_prompts
+    assert len(set(from_cache)) == 2
 
 
 def test_another_model_is_no_continuation_and_other_captions_are_told(

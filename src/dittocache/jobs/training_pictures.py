@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dittocache.embeddings.reading.reader import CachedSamples
+from dittocache.errors import RecordCorruptError, RecordMissingError
 from dittocache.families.loading import component_names
 from dittocache.jobs.generation import Edit, chosen_edits
-from dittocache.jobs.inputs import RunInputs
+from dittocache.jobs.inputs import RunInputs, load_manifest, text_encoders
 from dittocache.jobs.run_folder import SAMPLES_NAME
 from dittocache.sampling.generate import generate
+
+PROMPT_ARTIFACTS = ("prompt_embeds", "prompt_embeds_mask", "pooled_prompt_embeds")  # named as the pipelines' arguments
 
 
 class TrainingPictures:
     """Makes the same few pictures after any step, with the same noise.
 
-    The encoders and the decoder are loaded at the first of them and wait in the machine's memory between, so that the
-    training has the device to itself.
+    What else the pipeline needs is loaded at the first of them and waits in the machine's memory between, so that the
+    training has the device to itself. Pictures of cached training samples take their prompts from the cache: without
+    guidance no text encoder is loaded.
 
     Args:
         transformer: the one in training, with its LoRA.
@@ -32,6 +37,7 @@ class TrainingPictures:
         self._transformer = transformer
         self._device = device
         self._pipe: Any = None
+        self._prompts: Mapping[str, Mapping[str, torch.Tensor]] = {}
         self.edits = validation_edits(inputs)
 
     def make(self, step: int) -> list[dict[str, Any]]:
@@ -43,7 +49,8 @@ class TrainingPictures:
             for number, edit in enumerate(self.edits):
                 settings = self._inputs.config.generate
                 settings = settings.model_copy(update={"seed": settings.seed + number})
-                picture = generate(pipe, edit.images, edit.prompt, settings, self._inputs.sizes)
+                embeds = self._prompts.get(edit.name)
+                picture = generate(pipe, edit.images, edit.prompt, settings, self._inputs.sizes, prompt_embeds=embeds)
                 file = folder / f"{edit.name.replace('/', '-')}.png"
                 picture.image.save(self._inputs.run_dir / file)
                 source = str(edit.images[0]) if edit.images else None
@@ -55,7 +62,9 @@ class TrainingPictures:
         """The pipeline on the device, the transformer set to sampling; all as before at the end."""
         if self._pipe is None:
             inputs = self._inputs
-            components = [name for name in component_names(inputs.model) if name != "transformer"]
+            self._prompts = cached_prompts(inputs, self.edits, self._device)
+            left_out = {"transformer", *(text_encoders(inputs.family) if self._prompts else ())}
+            components = [name for name in component_names(inputs.model) if name not in left_out]
             self._pipe = inputs.family.load_pipeline(inputs.model, components, inputs.dtype, "cpu")
         parts = [part for part in self._pipe.components.values() if isinstance(part, torch.nn.Module)]
         training = self._transformer.training
@@ -82,3 +91,26 @@ def validation_edits(inputs: RunInputs) -> Sequence[Edit]:
         Edit(f"prompt-{number}", samples[number % len(samples)].controls, prompt)
         for number, prompt in enumerate(prompts, start=1)
     ]
+
+
+def cached_prompts(
+    inputs: RunInputs, edits: Sequence[Edit], device: torch.device
+) -> dict[str, dict[str, torch.Tensor]]:
+    """By edit, the pipeline's arguments that stand for its prompt; empty where the prompt of any is not in the cache.
+
+    Held-out pictures and prompts of one's own never are; nor, with guidance on, is the negative prompt.
+    """
+    if not inputs.config.cache.use_cache or inputs.config.generate.true_cfg_scale > 1:
+        return {}
+    samples = {(sample.name, sample.controls, sample.prompt) for sample in inputs.samples}
+    if not all((edit.name, edit.images, edit.prompt) in samples for edit in edits):
+        return {}
+    reader = CachedSamples(inputs.store, load_manifest(inputs))
+    try:
+        tensors = {edit.name: reader.load(edit.name) for edit in edits}
+    except (RecordMissingError, RecordCorruptError):
+        return {}
+    return {
+        name: {key: one.unsqueeze(0).to(device) for key, one in artifacts.items() if key in PROMPT_ARTIFACTS}
+        for name, artifacts in tensors.items()
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ def generate(
     sizes: Sizes,
     teacache: TeaCacheConfig | None = None,
     reference_kv: ReferenceKVConfig | None = None,
+    prompt_embeds: Mapping[str, torch.Tensor] | None = None,
 ) -> Picture:
     """Make one picture of `prompt`, from reference pictures where the pipeline takes them.
 
@@ -55,6 +56,8 @@ def generate(
         sizes: of the result and of the references.
         teacache: settings of the step cache; None: off.
         reference_kv: settings of the reference KV cache; None: off.
+        prompt_embeds: arguments of the pipeline that stand for the prompt, each with a batch axis of one; the
+            pipeline then needs no text encoder where guidance is off.
 
     Raises ConfigError for references that the pipeline does not take, DataError naming a file that cannot be read,
     and what `cached` raises.
@@ -65,6 +68,8 @@ def generate(
     options["num_inference_steps"] = config.num_inference_steps
     options["generator"] = torch.Generator().manual_seed(config.seed)
     accepted = inspect.signature(type(pipe).__call__).parameters
+    if prompt_embeds is not None:
+        options |= {"prompt": None, **prompt_embeds}
     if pictures:
         if "image" not in accepted:
             raise ConfigError(
