@@ -118,7 +118,7 @@ class Header:
 
     @property
     def meaning(self) -> bytes:
-        """What the checksum covers before the tensors' bytes, in the order of `parts`: a wrong dtype is as bad as a bit."""
+        """What the checksum covers before the bytes of `parts`: a wrong dtype is as bad as a flipped bit."""
         tensors = [(part.name, part.dtype, part.shape) for part in self.parts]
         return _meaning(tensors, self.restores_json, self.provenance_json)
 
