@@ -23,6 +23,7 @@ from dittocache.embeddings.store.store import Store
 from dittocache.errors import DataError
 from dittocache.events import EventLog
 from dittocache.families.base import Artifact, ArtifactInput, Sizes, Tensors
+from dittocache.families.pictures import PictureRequest, Pictures, resized_picture
 
 ENCODERS = ("vae", "text_encoder", None)
 
@@ -48,7 +49,7 @@ class ToyFamily:
     lora_targets: tuple[str, ...] = ()
     transformer: Any = None
 
-    def artifacts(self, sample: Sample, sizes: Sizes) -> list[Artifact]:
+    def artifacts(self, sample: Sample, sizes: Sizes, size_of: Any = None) -> list[Artifact]:
         controls = tuple(ArtifactInput("control", file=path) for path in sample.controls)
         target = (ArtifactInput("target", file=sample.target),)
         prompt = (*controls, ArtifactInput("prompt", text=sample.prompt))
@@ -70,15 +71,30 @@ class ToyFamily:
         folders = [Path(model, name) for name in components]
         return ToyPipeline({f.name: b"".join(p.read_bytes() for p in sorted(f.glob("*.s*"))) for f in folders}, dtype)
 
+    def pictures(
+        self, encoder: str | None, sample: Sample, sizes: Sizes, wanted: Collection[str] | None = None
+    ) -> list[PictureRequest]:
+        return []
+
     def encode(
-        self, pipe: ToyPipeline | None, encoder: str | None, samples: Sequence[Sample], sizes: Sizes
+        self,
+        pipe: ToyPipeline | None,
+        encoder: str | None,
+        samples: Sequence[Sample],
+        sizes: Sizes,
+        *,
+        wanted: Sequence[Collection[str]] | None = None,
+        pictures: Pictures = resized_picture,
+        together: bool = False,
     ) -> list[Tensors]:
         if encoder is not None and len(samples) > self.memory:
             raise torch.OutOfMemoryError("toy device: out of memory")
         encoded = []
-        for sample in samples:
+        for index, sample in enumerate(samples):
             time.sleep(self.seconds if encoder else 0)
-            encoded.append(self._tensors(pipe, encoder, sample, sizes))
+            tensors = self._tensors(pipe, encoder, sample, sizes)
+            names = tensors.keys() if wanted is None else wanted[index]
+            encoded.append({name: tensor for name, tensor in tensors.items() if name in names})
             self._log("encode", [encoder, sample.name])
         return encoded
 

@@ -153,9 +153,9 @@ def test_a_signal_takes_effect_once_the_batch_in_flight_is_stored(
 
     encode = ToyFamily.encode
 
-    def interrupted(self: ToyFamily, pipe, encoder, samples, sizes):  # type: ignore[no-untyped-def]
+    def interrupted(self: ToyFamily, pipe, encoder, samples, sizes, **options):  # type: ignore[no-untyped-def]
         signal.raise_signal(number)
-        return encode(self, pipe, encoder, samples, sizes)
+        return encode(self, pipe, encoder, samples, sizes, **options)
 
     monkeypatch.setattr(ToyFamily, "encode", interrupted)
     handler = signal.signal(number, stop)
