@@ -366,5 +366,5 @@ def test_what_a_killed_writer_left_is_cleared(tmp_path: Path, sample: dict[str, 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, sample: dict[str, Any]) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     manager = EmbeddingCacheManager(tmp_path / "cache")
-    with pytest.raises(CacheError, match="cannot be written .*choose another folder"):
+    with pytest.raises(CacheError, match="cannot be written .*choose another cache_dir"):
         save(manager, sample, embeddings())
