@@ -25,6 +25,7 @@ def causes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     found += _input_causes(old.get("inputs") or (), new.get("inputs") or ())
     found += _transform_causes(old.get("transform") or {}, new.get("transform") or {})
     found += _library_causes(old.get("libraries") or {}, new.get("libraries") or {})
+    found += _storage_causes(old.get("storage") or {}, new.get("storage") or {})
     if not found and old != new:
         fields = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
         found.append(f"{', '.join(fields)} changed")
@@ -70,3 +71,14 @@ def _library_causes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]
         for name in sorted({*old, *new})
         if old.get(name) != new.get(name)
     ]
+
+
+def _storage_causes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Another base record follows from another cause, which is named already; sharing rows at all is a setting."""
+    found = []
+    before, after = old.get("dtype", "native"), new.get("dtype", "native")
+    if before != after:
+        found.append(f"storage form changed ({before} -> {after})")
+    if ("rows_shared_with" in old) != ("rows_shared_with" in new):
+        found.append("sharing of rows with the empty prompt turned " + ("on" if "rows_shared_with" in new else "off"))
+    return found
