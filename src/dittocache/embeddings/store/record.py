@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from xxhash import xxh3_64
 
 from dittocache.embeddings.recipe import Recipe, canonical_json, canonical_key, recipe_key
@@ -26,6 +25,7 @@ from dittocache.errors import CacheError, RecordCorruptError
 
 FORMAT = "dittocache-2"
 LENGTH_BYTES = 8  # safetensors: the header's length, little-endian
+ALIGNMENT = 8  # of the tensors' beginning, by spaces behind the header
 LARGEST_HEADER_BYTES = 1_000_000
 MOST_DIMENSIONS = 16
 MOST_ELEMENTS = 1 << 48
@@ -153,8 +153,7 @@ def pack(
         metadata["restores"] = _restores(stored)
     if told:
         metadata["provenance"] = canonical_json(told)
-    checksum = _checksum_of(tensors, metadata.get("restores"), metadata.get("provenance"))
-    return bytes(save(tensors, {**metadata, "checksum": checksum}))
+    return _safetensors(tensors, metadata)
 
 
 def header_length(start: bytes | memoryview) -> int:
@@ -279,13 +278,27 @@ def _restores(stored: Stored) -> str:
     return canonical_json(restores)
 
 
-def _checksum_of(tensors: Mapping[str, torch.Tensor], restores: str | None, provenance: str | None) -> str:
-    ordered = sorted(tensors.items())
-    described = [(name, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in ordered]
-    hasher = xxh3_64(_meaning(described, restores, provenance))
-    for _, tensor in ordered:
-        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return hasher.hexdigest()
+def _safetensors(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+    """The file of these tensors, with their checksum.
+
+    Not by `safetensors.torch.save`, which puts metadata in another order every time and copies the bytes twice: one
+    tensor and recipe are one record, bit for bit.
+    """
+    content = {name: tensor.reshape(-1).view(torch.uint8).numpy().data for name, tensor in sorted(tensors.items())}
+    described = [(name, _DTYPE_NAMES[tensors[name].dtype], tuple(tensors[name].shape)) for name in content]
+    hasher = xxh3_64(_meaning(described, metadata.get("restores"), metadata.get("provenance")))
+    for part in content.values():
+        hasher.update(part)
+    header: dict[str, Any] = {"__metadata__": {**metadata, "checksum": hasher.hexdigest()}}
+    placed = sorted(described, key=lambda part: -DTYPES[part[1]].itemsize)  # wide ones first: all are aligned
+    offset = 0
+    for name, dtype, shape in placed:
+        end = offset + len(content[name])
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = canonical_json(header).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return b"".join([len(text).to_bytes(LENGTH_BYTES, "little"), text, *(content[name] for name, _, _ in placed)])
 
 
 def _meaning(tensors: list[tuple[str, str, tuple[int, ...]]], restores: str | None, provenance: str | None) -> bytes:

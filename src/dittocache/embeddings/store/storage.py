@@ -23,6 +23,7 @@ from dittocache.errors import CacheError, RecordCorruptError, RecordMissingError
 
 FP8 = torch.float8_e4m3fn
 FP8_LARGEST = 448.0
+FLOAT16_LARGEST = 65_504.0
 FP8_FORM = "fp8_e4m3_token"
 SCALE, ROWS = "scale", "rows"  # companions: `NAME.scale` and `NAME.rows` beside the tensor `NAME`
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
@@ -194,10 +195,10 @@ def _native(tensor: torch.Tensor, because: str = "") -> Stored:
 def _to_float16(tensor: torch.Tensor) -> Stored:
     if tensor.dtype not in _WIDE:
         return _native(tensor)  # two bytes or fewer already: float16 would save nothing
-    half = tensor.to(torch.float16)
-    if not torch.equal(torch.isfinite(half), torch.isfinite(tensor)):
-        return _native(tensor, f"float16 ends at 65504, a value is {_largest(tensor):.6g}")
-    return Stored(half, {}, tensor.dtype, tuple(tensor.shape))
+    largest = _largest(tensor) if tensor.numel() else 0.0
+    if not largest <= FLOAT16_LARGEST:  # NaN is not, either
+        return _native(tensor, f"float16 ends at {FLOAT16_LARGEST:.0f}, a value is {largest:.6g}")
+    return Stored(tensor.to(torch.float16), {}, tensor.dtype, tuple(tensor.shape))
 
 
 def _to_fp8(tensor: torch.Tensor) -> Stored:
