@@ -318,11 +318,12 @@ def test_a_killed_writer_leaves_no_record_under_its_final_name(tmp_path: Path) -
         assert not list(store.root.rglob("??/*.tmp"))
 
 
-def test_a_store_of_a_newer_version_is_left_alone(store: Store) -> None:
+def test_a_store_of_another_version_is_left_alone(store: Store) -> None:
     store.write(KEY, TENSOR, RECIPE)
-    (store.root / "layout.json").write_text('{"version": 2}')
-    with pytest.raises(CacheError, match="upgrade dittocache"):
-        Store(store.root)
+    for version, mend in ((3, "upgrade dittocache"), (1, "remove .* and cache the data set again")):
+        (store.root / "layout.json").write_text(json.dumps({"version": version}))
+        with pytest.raises(CacheError, match=mend):
+            Store(store.root)
     (store.root / "layout.json").write_text("{")
     with pytest.raises(CacheError, match="remove it"):
         Store(store.root)

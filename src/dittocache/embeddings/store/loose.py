@@ -24,11 +24,12 @@ _HEX = frozenset("0123456789abcdef")
 
 @dataclass(frozen=True)
 class OpenRecord:
-    """An open file that holds a record: `length` bytes from `offset`."""
+    """An open file that holds a record: `length` bytes from `offset`; `pack` is None for a loose record."""
 
     descriptor: int
     offset: int
     length: int
+    pack: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,26 +82,37 @@ class LooseRecords:
         Of many only the folders are listed, which does not show that; reading such a record does.
         """
         if len(keys) >= LISTING_FROM:
-            wanted = keys if isinstance(keys, (set, frozenset, dict)) else set(keys)
-            return {file.key: file.length for file in self.files(wanted)}
+            return self._listed(keys if isinstance(keys, (set, frozenset, dict)) else set(keys))
         found = {}
         for key in keys:
             with suppress(FileNotFoundError, RecordCorruptError), self.opened(key) as record:
                 found[key] = parse_header(read_header(record), record.length).end
         return found
 
-    def files(self, wanted: Collection[str] | None = None) -> Iterator[LooseFile]:
-        """Every record's file, or only those of the wanted keys, folder by folder."""
-        prefixes = None if wanted is None else {key[:2] for key in wanted}
+    def _listed(self, wanted: Collection[str]) -> dict[str, int]:
+        found: dict[str, int] = {}
+        prefixes = {key[:2] for key in wanted}
         for folder in self._folders():
-            if prefixes is not None and folder.name not in prefixes:
+            if folder.name not in prefixes:
                 continue
+            with os.scandir(folder) as entries:
+                for entry in entries:  # hundreds of thousands: nothing here that is not needed
+                    name = entry.name
+                    key = name[:_KEY_LENGTH]
+                    if key in wanted and name[_KEY_LENGTH:] == SUFFIX:
+                        with suppress(FileNotFoundError):  # taken out meanwhile
+                            found[key] = entry.stat().st_size
+        return found
+
+    def files(self) -> Iterator[LooseFile]:
+        """Every record's file, folder by folder."""
+        for folder in self._folders():
             with os.scandir(folder) as entries:
                 for entry in entries:
                     key = entry.name[:_KEY_LENGTH]
-                    if (wanted is None or key in wanted) and entry.name == key + SUFFIX and is_key(key):
+                    if entry.name == key + SUFFIX and is_key(key):
                         with suppress(FileNotFoundError):  # taken out meanwhile
-                            status = entry.stat(follow_symlinks=False)
+                            status = entry.stat()
                             yield LooseFile(key, status.st_size, status.st_mtime_ns)
 
     def keys(self) -> Iterator[str]:
