@@ -137,7 +137,11 @@ def publish_new(path: Path, content: bytes) -> bool:
 
 
 def same_value(one: PtValue, other: PtValue) -> bool:
-    """Whether two tensors are the same in dtype, shape and every bit."""
+    """Whether two values are the same in structure, dtypes, shapes and every bit."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same_value(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same_value, one, other))
     if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
         return False
     if (one.dtype, one.shape) != (other.dtype, other.shape):
