@@ -63,7 +63,7 @@ class RecordReader:
     def store(self) -> Store:
         """The store; a process of its own after a fork, since open files and locks are not for sharing."""
         if self._process != os.getpid():
-            self._store = Store(self._store.root)
+            self._store = Store(self._store.location)
             self._scratch = Buffers(pin=False)
             self._process = os.getpid()
         return self._store
@@ -92,6 +92,7 @@ class RecordReader:
             with self.store.opened(key) as record:
                 if self._read_straight(record, target, key, form, read_base or self.read):
                     return
+            self._forms.pop(key, None)
         self._read_by_store(target, key, form)
 
     def read(self, key: str) -> torch.Tensor:
@@ -139,9 +140,9 @@ class RecordReader:
         return True
 
     def _read_by_store(self, target: torch.Tensor, key: str, form: Form) -> None:
-        self._forms.pop(key, None)
         tensor = self.store.read(key)
         if (tensor.dtype, tuple(tensor.shape)) != (form.dtype, form.shape):
+            self._forms.pop(key, None)
             raise RecordCorruptError(
                 f"record {key} was exchanged while it was read: it held {form.dtype} {list(form.shape)} and now holds "
                 f"{tensor.dtype} {list(tensor.shape)}; read it again"
