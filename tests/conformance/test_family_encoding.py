@@ -240,8 +240,8 @@ def test_shapes_are_one_record_for_all_samples_of_the_same_sizes(
     assert _keys(family, replace(samples[1], size=(96, 128)), sizes)["img_shapes"] not in keys
 
 
-# Of the largest value, measured on these tiny float32 models: latents 3.3e-6, prompts 3.6e-7. In bfloat16 a deviation is
-# at least one rounding, 2e-3.
+# Of the largest value. Measured on these tiny float32 models: latents 3.3e-6, prompts 3.6e-7. In bfloat16 a deviation
+# is at least one rounding, 2e-3.
 TOGETHER_TOLERANCE = 2e-5
 
 

@@ -185,10 +185,10 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_stored(job: Job, monkeypatch
     write = Store.write
     left = iter(range(5))
 
-    def full(self: Store, *record: object) -> int:
+    def full(self: Store, *record: object, **options: object) -> int:
         if next(left, None) is None:
             raise StoreUnavailableError("the disk is full")
-        return write(self, *record)  # type: ignore[arg-type]
+        return write(self, *record, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Store, "write", full)
     with pytest.raises(StoreUnavailableError):

@@ -1,0 +1,125 @@
+"""Store records while the encoder goes on with the next batch; a bounded number of batches is on its way."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dittocache.embeddings.recipe import Recipe
+from dittocache.embeddings.store.storage import base_key_of
+from dittocache.embeddings.store.store import Store
+
+# Waiting for the disk side by side is several times faster: file systems commit concurrent syncs together.
+WRITERS = 8
+BATCHES_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True)
+class NewRecord:
+    """A tensor, on any device, that is to be stored."""
+
+    key: str
+    tensor: torch.Tensor
+    recipe: Recipe
+    provenance: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class WrittenBatch:
+    """What is on the disk now: samples that were encoded together, their records and the records' bytes."""
+
+    samples: int
+    records: int
+    bytes: int
+
+
+class RecordWriter:
+    """Copies tensors from the device and stores them in threads; a context manager.
+
+    Args:
+        replace: write records anew that are there already.
+        batches: `submit` waits while this many batches are on their way, which bounds memory and what a kill loses.
+
+    The first write that fails ends the work: `submit` and `drain` raise its error once no write is under way.
+    """
+
+    def __init__(self, store: Store, replace: bool = False, batches: int = BATCHES_IN_FLIGHT) -> None:
+        self._store = store
+        self._replace = replace
+        self._most = batches
+        self._threads = ThreadPoolExecutor(WRITERS, thread_name_prefix="record-writer")
+        self._batches: deque[tuple[int, list[Future[int]]]] = deque()
+        self._streams = threading.local()
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(wait=True)
+
+    def submit(self, records: Sequence[NewRecord], samples: int) -> list[WrittenBatch]:
+        """Begin to store the records of a batch; returns the batches that were finished meanwhile."""
+        finished = self._finished(self._most - 1)
+        ready = _event_of(records)
+        begun: dict[str, Future[int]] = {}
+        # Bases first: the threads take writes in order, so that a write waits only for one that has begun.
+        for record in sorted(records, key=lambda one: base_key_of(one.recipe) is not None):
+            base = begun.get(base_key_of(record.recipe) or "")
+            begun[record.key] = self._threads.submit(self._write, record, ready, base)
+        self._batches.append((samples, list(begun.values())))
+        return finished
+
+    def drain(self) -> list[WrittenBatch]:
+        """Wait until all that was submitted is durable."""
+        return self._finished(0)
+
+    def _finished(self, left: int) -> list[WrittenBatch]:
+        """Wait until at most `left` batches are on their way; the finished ones, in order."""
+        finished = []
+        while self._batches and (len(self._batches) > left or all(write.done() for write in self._batches[0][1])):
+            samples, writes = self._batches.popleft()
+            try:
+                lengths = [write.result() for write in writes]
+            except BaseException:
+                self._give_up(writes)
+                raise
+            finished.append(WrittenBatch(samples, len(lengths), sum(lengths)))
+        return finished
+
+    def _give_up(self, writes: Sequence[Future[int]]) -> None:
+        """Let every write end that has begun: what it stored stays."""
+        wait([*writes, *(write for _, batch in self._batches for write in batch)])
+        self._batches.clear()
+
+    def _write(self, record: NewRecord, ready: torch.cuda.Event | None, base: Future[int] | None) -> int:
+        tensor = self._on_host(record.tensor, ready)
+        if base is not None:
+            base.result()
+        return self._store.write(record.key, tensor, record.recipe, replace=self._replace, provenance=record.provenance)
+
+    def _on_host(self, tensor: torch.Tensor, ready: torch.cuda.Event | None) -> torch.Tensor:
+        """The tensor on the CPU, copied beside the encoder's work and not behind it."""
+        if ready is None or not tensor.is_cuda:
+            return tensor.to("cpu")
+        if not hasattr(self._streams, "copies"):
+            self._streams.copies = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._streams.copies):
+            ready.wait()
+            return tensor.to("cpu")  # returns once the copy is done
+
+
+def _event_of(records: Sequence[NewRecord]) -> torch.cuda.Event | None:
+    """Passes on the device once the tensors are computed; None on devices that copy in order."""
+    device = next((record.tensor.device for record in records if record.tensor.is_cuda), None)
+    if device is None:
+        return None
+    with torch.cuda.device(device):
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+    return event
