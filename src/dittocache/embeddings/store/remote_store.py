@@ -115,7 +115,7 @@ class RemoteStore(Store):
         """Nothing is ever half-written here: 0."""
         return 0
 
-    def opened(self, key: str) -> AbstractContextManager[OpenRecord]:
+    def opened(self, key: str) -> AbstractContextManager[OpenRecord]:  # type: ignore[override]
         """Records are in no file that could be opened: raises CacheError."""
         raise self._not_local()
 
