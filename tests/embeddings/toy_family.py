@@ -120,7 +120,7 @@ class ToyFamily:
                 continue
             parts = [artifact.name.removesuffix("_mask"), json.dumps(dict(artifact.transform))]
             parts += [_content(one) for one in artifact.inputs]
-            if pipe is None:
+            if encoder is None or pipe is None:
                 tensors[artifact.name] = torch.tensor([[1, *sample.size]], dtype=torch.int32)
                 continue
             seed = blake3("\0".join(parts).encode() + pipe.weights[str(encoder)]).digest()[:4]
