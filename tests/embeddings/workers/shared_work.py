@@ -34,9 +34,6 @@ class ToySession:
     def encode(self, needs: Sequence[Need]) -> list[str]:
         self.asked.append([need.sample.name for need in needs])
         family = self.job.family
-        pipe = (
-            family.load_pipeline(str(self.job.model), [self.encoder], self.plan.dtype, "cpu") if self.encoder else None
-        )
         failed = []
         for need in needs:
             try:

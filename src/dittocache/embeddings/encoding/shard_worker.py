@@ -165,5 +165,5 @@ def open_leases(store: Store, seconds: float, log: EventLog) -> Leases | None:
     """The leases of a store; None, said once, where it has no folder that workers could share."""
     if store.is_local:
         return Leases(store.root / FOLDER, seconds)
-    log.message(f"{store.location} keeps no leases: workers beside this one may encode the same records, stored once each")
+    log.message(f"{store.location} keeps no leases: several workers may encode the same record; it is stored once")
     return None
