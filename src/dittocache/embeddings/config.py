@@ -41,6 +41,10 @@ class CacheConfig(Settings):
     text_batch_size: int = Field(default=16, ge=1)
     """Samples that a text encoder takes at once; halved when memory runs out."""
 
+    batching: Literal["exact", "together"] = "exact"
+    """`exact`: samples pass an encoder one by one, so that cached training equals live training bit for bit.
+    `together`: samples of one bucket in one call; faster on a GPU, and other in the last bits. They have other keys."""
+
     num_workers: int = Field(default=8, ge=0)
     """Most processes that decode pictures ahead of an encoder; never more than there are cores. 0 decodes in line."""
 

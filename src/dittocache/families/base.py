@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from dittocache.data.sample import Sample
 from dittocache.families.pictures import PictureRequest, Pictures, resized_picture
 
 Tensors = dict[str, torch.Tensor]
+Batching = Literal["exact", "together"]
 
 
 @dataclass(frozen=True)

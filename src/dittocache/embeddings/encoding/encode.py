@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dittocache.embeddings.encoding.result import EncodeResult
-from dittocache.embeddings.encoding.session import Batching, EncoderSession, EncodeSettings
+from dittocache.embeddings.encoding.session import EncoderSession, EncodeSettings
 from dittocache.embeddings.encoding.stopping import HeldSignals
 from dittocache.embeddings.planning.plan import Need, Plan
 from dittocache.embeddings.store.store import Store
@@ -31,7 +31,6 @@ def encode_missing(
     store: Store,
     log: EventLog,
     *,
-    batching: Batching = "exact",
     num_workers: int = 0,
     skip_existing: bool = True,
 ) -> EncodeResult:
@@ -40,7 +39,7 @@ def encode_missing(
     Args:
         plan: of the same family, model and dtype.
         encoders: components in the order in which they are loaded; None for the artifacts that need none.
-        batch_size, batching, num_workers, skip_existing: as in `EncodeSettings`.
+        batch_size, num_workers, skip_existing: as in `EncodeSettings`.
         log: receives messages, and progress with samples a second, bytes and ETA for each encoder.
 
     A sample with a picture that cannot be read, or that changed since the plan, is left out, named in the result and
@@ -54,7 +53,7 @@ def encode_missing(
     if unknown:
         raise ModelError(f"{family.name} has no encoder {unknown[0]!r}; it has {', '.join(family.encoders)}")
     started = time.monotonic()
-    settings = EncodeSettings(batch_size, batching, num_workers, skip_existing)
+    settings = EncodeSettings(batch_size, num_workers, skip_existing)
     work = {encoder: _work(plan, encoder, skip_existing) for encoder in encoders}
     result = EncodeResult(reused=_reused(plan, encoders) if skip_existing else 0)
     if any(work.values()):

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -29,7 +29,6 @@ from dittocache.events import EventLog, Progress
 from dittocache.families.base import Family, Tensors
 from dittocache.families.pictures import PictureRequest, open_picture
 
-Batching = Literal["exact", "together"]
 TILED = {"vae_tiling": True}
 
 
@@ -38,15 +37,12 @@ class EncodeSettings:
     """How an encoder works.
 
     Attributes:
-        batch_size: samples it takes at once; halved whenever memory runs out.
-        batching: `exact` passes them one by one, as the pipeline does; `together` in one call, which is faster and
-            differs by rounding. The plan must have been made for the same.
+        batch_size: samples it takes at once, in the way that the plan says; halved whenever memory runs out.
         num_workers: processes that decode pictures ahead; 0 decodes in line.
         skip_existing: False encodes everything once more and replaces what is stored.
     """
 
     batch_size: int = 4
-    batching: Batching = "exact"
     num_workers: int = 0
     skip_existing: bool = True
 
@@ -201,7 +197,7 @@ class EncoderSession:
                     self._plan.sizes,
                     wanted=[task.keys.keys() for task in tasks],
                     pictures=self._feed,
-                    together=self._settings.batching == "together",
+                    together=self._plan.batching == "together",
                 )
         except DataError as error:
             if len(tasks) > 1:
@@ -253,7 +249,7 @@ class EncoderSession:
 
     def _bucket(self, task: Task) -> Any:
         """What a batch must have in common; nothing where samples pass one by one."""
-        if self._settings.batching == "exact" and not self._tiled:
+        if self._plan.batching == "exact" and not self._tiled:
             return None
         return bucket_of(self._encoder, task.sample)
 

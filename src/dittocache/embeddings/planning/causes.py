@@ -7,7 +7,7 @@ from typing import Any
 
 _ROLES = {"prompt": "caption", "target": "image", "control": "control image"}
 _RESOLUTION = frozenset({"size", "area", "resolution", "condition_resolution"})
-_TRANSFORMS = {"template": "prompt template", "image_backend": "image backend"}
+_TRANSFORMS = {"template": "prompt template", "image_backend": "image backend", "shapes": "picture shapes"}
 
 
 def causes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -42,6 +42,8 @@ def _encoder_causes(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None
         found.append(f"dtype changed ({old.get('dtype')} -> {new.get('dtype')})")
     if old.get("quantization") != new.get("quantization"):
         found.append("quantization changed")
+    if old.get("batching") != new.get("batching"):
+        found.append(f"batching changed ({old.get('batching', 'exact')} -> {new.get('batching', 'exact')})")
     before, after = old.get("beside") or {}, new.get("beside") or {}
     return found + [f"{name} changed" for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
 
