@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dittocache.data import digests
-from dittocache.data.digests import ContentIndex, Snapshot, text_digest
+from dittocache.data.digests import ContentIndex, text_digest
+from dittocache.data.snapshot import Snapshot
 from dittocache.errors import DataError, StoreUnavailableError
 
 
@@ -21,13 +22,13 @@ from dittocache.errors import DataError, StoreUnavailableError
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were read, in order."""
     read: list[str] = []
-    real = digests._hash
+    real = digests.hash_file
 
     def recording(file: Path) -> str:
         read.append(file.name)
         return real(file)
 
-    monkeypatch.setattr(digests, "_hash", recording)
+    monkeypatch.setattr(digests, "hash_file", recording)
     return read
 
 
@@ -102,7 +103,7 @@ def test_a_file_that_changes_while_it_is_read_has_no_digest(tmp_path: Path, monk
         file.write_bytes(b"more content")
         return "0" * 32
 
-    monkeypatch.setattr(digests, "_hash", grow)
+    monkeypatch.setattr(digests, "hash_file", grow)
     with pytest.raises(DataError, match="a changed while it was read"):
         ContentIndex(tmp_path / "index.json").digest(tmp_path / "a")
 

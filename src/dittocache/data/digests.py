@@ -64,7 +64,7 @@ class ContentIndex:
         if entry is not None and entry[:3] == status and _settled(status, entry[3]):
             return status, entry[4]
         began = time.time_ns()
-        digest = _hash(file)
+        digest = hash_file(file)
         if status_of(file) != status:
             raise DataError(f"{file} changed while it was read; wait until it is complete, then start again")
         self._fresh[name] = (*status, began, digest)
@@ -93,27 +93,6 @@ class ContentIndex:
         self._known, self._fresh = files, {}
 
 
-class Snapshot:
-    """Digests as of one moment: each file is looked at once, however many artifacts depend on it."""
-
-    def __init__(self, index: ContentIndex) -> None:
-        self._index = index
-        self._seen: dict[Path, tuple[Status, str]] = {}
-
-    def digest(self, file: Path) -> str:
-        """As `ContentIndex.digest`."""
-        if file not in self._seen:
-            self._seen[file] = self._index.status_and_digest(file)
-        return self._seen[file][1]
-
-    def changed_since(self, file: Path) -> bool:
-        """Whether the file is gone or another than the one whose digest was given."""
-        try:
-            return status_of(file) != self._seen[file][0]
-        except DataError:
-            return True
-
-
 def text_digest(text: str) -> str:
     """blake3 of the text's UTF-8 bytes, 128 bits as 32 hex digits."""
     return str(blake3(text.encode("utf-8", "surrogatepass")).hexdigest(length=DIGEST_BYTES))
@@ -133,7 +112,8 @@ def _settled(status: Status, read_at_ns: int) -> bool:
     return max(status[1], status[2]) + GRANULARITY_NS < read_at_ns
 
 
-def _hash(file: Path) -> str:
+def hash_file(file: Path) -> str:
+    """blake3 of the content, 128 bits as 32 hex digits; raises DataError when the file cannot be read."""
     hasher = blake3()
     try:
         with open(file, "rb", buffering=0) as stream:

@@ -6,13 +6,15 @@ a key is the digest of that text with the sample's inputs in their place. Tests 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
 from dittocache.data.digests import DIGEST_BYTES, Digests
+from dittocache.data.pictures import picture_size
 from dittocache.data.sample import Sample
 from dittocache.embeddings.planning.keytable import Row, Shape, Source, sibling_reference
 from dittocache.embeddings.recipe import artifact_recipe, canonical_json, input_content
@@ -46,6 +48,7 @@ class KeyMaker:
         identities: by encoder, from `encoder_identity`.
         digests: of the samples' files.
         storage: the form in which the tensors are stored.
+        size_of: gives a picture's upright (width, height).
     """
 
     family: Family
@@ -53,12 +56,13 @@ class KeyMaker:
     identities: Mapping[str, Mapping[str, Any]]
     digests: Digests
     storage: Storage = Storage()
+    size_of: Callable[[Path], tuple[int, int]] = picture_size
     _patterns: dict[tuple[str, str | None, str, bool], _Pattern] = field(default_factory=dict)
     _roles: dict[str, str] = field(default_factory=dict)
 
     def row(self, sample: Sample) -> Row:
         """The sample's keys; raises DataError where the family cannot use it or a file of it cannot be read."""
-        artifacts = self.family.artifacts(sample, self.sizes)
+        artifacts = self.family.artifacts(sample, self.sizes, self.size_of)
         contents: dict[str, int] = {}
         sources, inputs = [], []
         for artifact in artifacts:

@@ -12,14 +12,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dittocache.data.digests import ContentIndex, Snapshot
+from dittocache.data.digests import ContentIndex
+from dittocache.data.folder import save_memory
+from dittocache.data.folder_samples import FolderSamples
 from dittocache.data.sample import Sample
+from dittocache.data.snapshot import Snapshot
 from dittocache.embeddings.planning.identity import encoder_identity
 from dittocache.embeddings.planning.keyindex import StoredRecords
 from dittocache.embeddings.planning.keys import KeyMaker
 from dittocache.embeddings.planning.keytable import KeyTable, Row
 from dittocache.embeddings.planning.lookup import record_lengths
 from dittocache.embeddings.planning.manifest import Manifest
+from dittocache.embeddings.planning.memory import plan_folder
 from dittocache.embeddings.planning.misses import ABSENT, NEW, Miss, Misses, find_misses
 from dittocache.embeddings.planning.needs import Need, Needs
 from dittocache.embeddings.planning.report import describe, plan_as_dict
@@ -27,7 +31,7 @@ from dittocache.embeddings.recipe import Recipe
 from dittocache.embeddings.store.storage import Storage
 from dittocache.embeddings.store.store import Store
 from dittocache.errors import DataError, StoreUnavailableError
-from dittocache.families.base import Family, Sizes
+from dittocache.families.base import Batching, Family, Sizes
 
 __all__ = ["ABSENT", "NEW", "Miss", "Need", "Plan", "make_plan"]
 
@@ -41,7 +45,7 @@ class Plan:
     Attributes:
         manifest: of the run, once everything missing is encoded.
         needs: by encoder (None for plain facts), for every sample in order.
-        sizes, model, dtype, storage: what the keys were computed for.
+        sizes, model, dtype, storage, batching: what the keys were computed for.
         stored: bytes of each needed record that is there.
         missed: the records to encode, each once however many samples share it.
         removed: samples of the previous manifest that the data set no longer has.
@@ -62,6 +66,7 @@ class Plan:
     orphans: int
     snapshot: Snapshot
     notes: Sequence[str] = ()
+    batching: Batching = "exact"
 
     @property
     def hits(self) -> int:
@@ -134,6 +139,7 @@ def make_plan(
     index: ContentIndex,
     previous: Manifest | None = None,
     storage: Storage = NATIVE,
+    batching: Batching = "exact",
 ) -> Plan:
     """Work out every key of a data set and look up which records are there; no model is loaded, no picture decoded.
 
@@ -142,6 +148,7 @@ def make_plan(
         index: what it learns about files is saved.
         previous: the manifest of an earlier run; with it the plan says why records are stale.
         storage: the form in which records are stored.
+        batching: `together` where samples are to pass an encoder together; see `Family.encode`.
 
     Raises DataError listing all samples that the family cannot use and all files that cannot be read, ModelError when
     the checkpoint is missing or incomplete.
@@ -149,9 +156,18 @@ def make_plan(
     identities = {
         encoder: encoder_identity(model, encoder, beside, dtype, index) for encoder, beside in family.encoders.items()
     }
-    snapshot = Snapshot(index)
-    table, problems = _table(samples, KeyMaker(family, sizes, identities, snapshot, storage))
-    notes = _save(index)
+    if batching == "together":  # the last bits depend on the batch, so these are other encoders
+        identities = {encoder: {**identity, "batching": batching} for encoder, identity in identities.items()}
+    folder = samples if isinstance(samples, FolderSamples) else None
+    snapshot = Snapshot(index, None if folder is None else folder.table)
+    maker = KeyMaker(family, sizes, identities, snapshot, storage, snapshot.size)
+    if folder is None or folder.memory is None:
+        table, problems = _table(samples, maker)
+        notes = _save(index)
+    else:
+        table, problems, notes = plan_folder(folder, maker, folder.memory, model)
+        save_memory(folder)
+        notes = [*folder.notes, *notes, *_save(index)]
     if problems:
         raise DataError(f"{len(problems)} sample(s) cannot be cached", problems)
     manifest = Manifest.of_table(table, family.name)
@@ -170,6 +186,7 @@ def make_plan(
         orphans=_orphans(store, before, manifest),
         snapshot=snapshot,
         notes=notes,
+        batching=batching,
     )
 
 
