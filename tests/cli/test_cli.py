@@ -14,7 +14,8 @@ import yaml
 from rich.console import Console
 from tests.jobs.conftest import draw_set
 
-from dittocache import cli, main
+from dittocache import main
+from dittocache.cli import app as cli
 from dittocache.cli import shared
 from dittocache.config import RunConfig, load_config
 from dittocache.demo.tiny import save_tiny

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 import dittocache
-from dittocache import cli, main
+from dittocache import main
+from dittocache.cli import app as cli
 from dittocache.cli import shared
 from dittocache.config import RunConfig
 from dittocache.jobs.inputs import RunInputs

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from tests.docs.test_commands import PAGES, ROOT, commands
 
-from dittocache import cli, main
+from dittocache import main
+from dittocache.cli import app as cli
 from dittocache.demo.tiny import save_tiny
 
 OWN_DATA = Path("data/my-edit")  # the data set that the pages speak of

@@ -74,7 +74,7 @@ class OurCache:
 
 
 class PlainCache:
-    """One `.pt` file a sample and artifact; without habits it is right, at the price of encoding everything each time."""
+    """One `.pt` file a sample and artifact; without habits it is right, and encodes everything each time."""
 
     def __init__(self, job: Job, *habits: Habit) -> None:
         self._job = job
