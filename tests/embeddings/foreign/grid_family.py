@@ -39,7 +39,7 @@ class GridFamily:
     transformer: Any = None
     dtype: torch.dtype = torch.bfloat16
 
-    def artifacts(self, sample: Sample, sizes: Sizes) -> list[Artifact]:
+    def artifacts(self, sample: Sample, sizes: Sizes, size_of: Any = None) -> list[Artifact]:
         controls = tuple(ArtifactInput("control", file=path) for path in sample.controls)
         prompt = (*controls, ArtifactInput("prompt", text=sample.prompt))
         empty = (*controls, ArtifactInput("prompt", text=""))

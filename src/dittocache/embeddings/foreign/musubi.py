@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
+from dittocache.data.digests import status_of
 from dittocache.data.pictures import picture_size
 from dittocache.data.sample import Sample
 from dittocache.embeddings.foreign.expectation import LATENTS, Expected
@@ -56,7 +57,8 @@ class MusubiCache:
         "the weights of the encoders: nothing in the files says which model made them",
         "the prompt template (edit or edit-plus), and at which size the text encoder saw the control pictures",
         "how pictures were resized and cropped",
-        "that values were finite when they were computed: musubi-tuner replaces NaN by 0",
+        "that values were finite when they were computed (musubi-tuner replaces NaN by 0), and that no bit has flipped "
+        "since: the files carry no checksums",
     )
 
     def __init__(self, folder: Path, family_name: str, samples: Iterable[str]) -> None:
@@ -121,9 +123,9 @@ class MusubiCache:
                 self._last = (path, written, _read(path))
         except FileNotFoundError as error:
             raise RecordMissingError(f"there is no {path.name}") from error
-        except (OSError, SafetensorError, ValueError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RecordCorruptError(f"it is torn or damaged ({error})") from error
-        newer = [picture for picture in pictures if picture.stat().st_mtime_ns > written]
+        newer = [picture for picture in pictures if status_of(picture)[1] > written]
         if newer:
             raise CacheError(
                 f"{newer[0]} is newer than it, and may be another picture than the one that was cached (where copying "
