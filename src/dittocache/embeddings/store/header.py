@@ -132,10 +132,11 @@ def parse_header(content: bytes | memoryview, record_bytes: int) -> Header:
     try:
         fields = json.loads(bytes(content[LENGTH_BYTES:begin]))
         metadata = fields.pop("__metadata__")
+        if metadata["format"] != FORMAT:
+            raise RecordCorruptError(f"the record's format is {metadata['format']!r}; expected {FORMAT!r}")
         parts = [_part(name, entry, begin) for name, entry in sorted(fields.items())]
         texts = metadata["key"], metadata["checksum"], metadata["recipe"]
         restores_json, provenance_json = metadata.get("restores"), metadata.get("provenance")
-        form = metadata["format"]
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("key, checksum and recipe must be texts")
         if not all(text is None or isinstance(text, str) for text in (restores_json, provenance_json)):
@@ -148,8 +149,6 @@ def parse_header(content: bytes | memoryview, record_bytes: int) -> Header:
             DTYPES[dtype]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RecordCorruptError(f"the record's header cannot be read ({error!r})") from error
-    if form != FORMAT:
-        raise RecordCorruptError(f"the record's format is {form!r}; expected {FORMAT!r}")
     _check_offsets(parts, begin, record_bytes)
     return Header(
         name=main.name,
