@@ -56,7 +56,7 @@ class PictureFeed:
         for ahead in self._ahead.values():
             ahead.picture.cancel()
         self._ahead = {}
-        for decoder in self._decoders:
+        for _decoder in self._decoders:
             self._work.put(None)
         for decoder in self._decoders:
             decoder.stop()

@@ -20,6 +20,7 @@ from dittocache.embeddings.encoding.decode import PictureFeed
 from dittocache.embeddings.encoding.memory import can_tile, free_memory, is_out_of_memory, tiling
 from dittocache.embeddings.encoding.result import EncodeResult
 from dittocache.embeddings.encoding.stopping import HeldSignals
+from dittocache.embeddings.encoding.storage_costs import StorageCosts
 from dittocache.embeddings.encoding.tasks import Task, bucket_of, in_order, make_tasks, next_batch
 from dittocache.embeddings.encoding.writing import NewRecord, RecordWriter, WrittenBatch
 from dittocache.embeddings.planning.plan import Need, Plan
@@ -89,6 +90,7 @@ class EncoderSession:
         self._covered: set[str] = set()  # keys stored, or on their way, since the plan was made
         self._failed: set[str] = set()
         self._tiled: set[Any] = set()  # buckets whose pictures do not fit into memory whole
+        self._costs = StorageCosts()
         self._pipe: Any = None
         self._open = ExitStack()
 
@@ -96,7 +98,8 @@ class EncoderSession:
         if self._holds_signals:
             self._open.enter_context(self._signals)
         self._feed = self._open.enter_context(PictureFeed(self._settings.num_workers))
-        self._writer = self._open.enter_context(RecordWriter(self._store, replace=not self._settings.skip_existing))
+        writer = RecordWriter(self._store, replace=not self._settings.skip_existing, costs=self._costs)
+        self._writer = self._open.enter_context(writer)
         return self
 
     def __exit__(
@@ -107,6 +110,8 @@ class EncoderSession:
         if loaded:
             free_memory()
         self._open.__exit__(kind, error, traceback)
+        for line in self._costs.lines():
+            self._log.message(line)
 
     def encode(self, needs: Iterable[Need]) -> EncodeResult:
         """Compute and store those of the needed records that are missing; all of them are durable when it returns.
@@ -126,6 +131,8 @@ class EncoderSession:
             tasks = make_tasks(needs, self._is_covered, self._failed)  # those that shared a record with a failed one
             self._progress.total += len(tasks) if self._shared_progress is None else 0
         self._drain(result)
+        if result.tiled:
+            self._log.message(f"encoded in tiles, for want of memory: {', '.join(result.tiled)}", level="warning")
         self._signals.deliver()
         result.seconds = time.monotonic() - started
         return result

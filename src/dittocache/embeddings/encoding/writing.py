@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dittocache.embeddings.encoding.storage_costs import StorageCosts
 from dittocache.embeddings.recipe import Recipe
 from dittocache.embeddings.store.storage import base_key_of
 from dittocache.embeddings.store.store import Store
@@ -44,13 +45,21 @@ class RecordWriter:
 
     Args:
         replace: write records anew that are there already.
+        costs: learns what the stored forms cost.
         batches: `submit` waits while this many batches are on their way, which bounds memory and what a kill loses.
 
     The first write that fails ends the work: `submit` and `drain` raise its error once no write is under way.
     """
 
-    def __init__(self, store: Store, replace: bool = False, batches: int = BATCHES_IN_FLIGHT) -> None:
+    def __init__(
+        self,
+        store: Store,
+        replace: bool = False,
+        costs: StorageCosts | None = None,
+        batches: int = BATCHES_IN_FLIGHT,
+    ) -> None:
         self._store = store
+        self._costs = costs
         self._replace = replace
         self._most = batches
         self._threads = ThreadPoolExecutor(WRITERS, thread_name_prefix="record-writer")
@@ -99,6 +108,8 @@ class RecordWriter:
 
     def _write(self, record: NewRecord, ready: torch.cuda.Event | None, base: Future[int] | None) -> int:
         tensor = self._on_host(record.tensor, ready)
+        if self._costs is not None:
+            self._costs.measure(tensor, record.recipe)
         if base is not None:
             base.result()
         return self._store.write(record.key, tensor, record.recipe, replace=self._replace, provenance=record.provenance)
