@@ -10,6 +10,7 @@ from functools import cached_property
 from tests.embeddings.toy_family import ENCODERS, Job, ToyPipeline
 
 from dittocache.embeddings.encoding.leases import FOLDER, Leases
+from dittocache.embeddings.encoding.result import EncodeResult
 from dittocache.embeddings.encoding.shard_worker import ShardWorker
 from dittocache.embeddings.planning.plan import Need, Plan
 from dittocache.errors import DataError
@@ -23,6 +24,7 @@ class ToySession:
     job: Job
     plan: Plan
     encoder: str | None
+    replaces: bool = False
     asked: list[list[str]] = field(default_factory=list)
 
     @cached_property
@@ -31,20 +33,21 @@ class ToySession:
             return None
         return self.job.family.load_pipeline(str(self.job.model), [self.encoder], self.plan.dtype, "cpu")
 
-    def encode(self, needs: Sequence[Need]) -> list[str]:
+    def encode(self, needs: Sequence[Need]) -> EncodeResult:
         self.asked.append([need.sample.name for need in needs])
         family = self.job.family
-        failed = []
+        result = EncodeResult()
         for need in needs:
             try:
                 [tensors] = family.encode(self.pipe, self.encoder, [need.sample], self.plan.sizes)
             except DataError:
-                failed.append(need.sample.name)
+                result.failed_samples.append(need.sample.name)
                 continue
             for artifact, key in need.keys.items():
                 family._log("record", [self.encoder, key])
-                self.job.store.write(key, tensors[artifact], self.plan.recipe(key))
-        return failed
+                self.job.store.write(key, tensors[artifact], self.plan.recipe(key), replace=self.replaces)
+                result.encoded += 1
+        return result
 
 
 def worker(
@@ -52,9 +55,11 @@ def worker(
 ) -> tuple[ShardWorker, ToySession]:
     """A worker of the job and the session that it opens when it needs one."""
     plan = plan or job.plan()
-    session = ToySession(job, plan, encoder)
+    session = ToySession(job, plan, encoder, replaces="again" in settings)
     log = EventLog(job.folder / "events.jsonl", "cache")
-    return ShardWorker(plan, encoder, job.batch_size, job.store, leases, lambda: session, log, **settings), session  # type: ignore[arg-type]
+    return ShardWorker(
+        plan, encoder, job.batch_size, job.store, leases, lambda progress: session, log, **settings
+    ), session  # type: ignore[arg-type]
 
 
 def work(job: Job, seconds: float = 60.0) -> None:
