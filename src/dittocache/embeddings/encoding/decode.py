@@ -136,6 +136,8 @@ class _Decoder(threading.Thread):
                 return resized_picture(request)  # no process to be had: slower, and no reason to fail
             try:
                 return _answer(self.process, request)
+            except DataError:
+                raise
             except (EOFError, OSError, ValueError):
                 codes.append(self._end_process())
                 if self._stopping:
