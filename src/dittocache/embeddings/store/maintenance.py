@@ -47,7 +47,10 @@ def maintenance(records: LocalRecords) -> Iterator[Maintenance]:
         try:
             _lock(descriptor, path)
             _recover(records)
-            yield Maintenance(records, descriptor)
+            try:
+                yield Maintenance(records, descriptor)
+            finally:
+                restore(records)  # of a removal that was stopped in the middle
             os.ftruncate(descriptor, 0)
         finally:
             os.close(descriptor)  # and with it the lock

@@ -87,9 +87,10 @@ class PackIndex:
         high, low = self.high[order], self.low[order]
         first = np.ones(len(order), dtype=bool)
         first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
-        return self._select(order[first])
+        return self.select(order[first])
 
-    def _select(self, rows: npt.NDArray[np.intp] | npt.NDArray[np.bool_]) -> PackIndex:
+    def select(self, rows: npt.NDArray[np.intp] | npt.NDArray[np.bool_]) -> PackIndex:
+        """Only these rows; all packs stay listed."""
         return PackIndex(
             self.packs, self.high[rows], self.low[rows], self.offset[rows], self.length[rows], self.number[rows]
         )
@@ -151,7 +152,7 @@ class PackIndex:
         for number, name in enumerate(self.packs):
             if name in kept:
                 renumbered[number] = list(kept).index(name)
-        selected = self._select(renumbered[self.number] >= 0)
+        selected = self.select(renumbered[self.number] >= 0)
         return PackIndex(
             kept,
             selected.high,
@@ -165,7 +166,7 @@ class PackIndex:
         """Without some records; their packs stay listed."""
         kept = np.ones(len(self), dtype=bool)
         kept[rows] = False
-        return self._select(kept)
+        return self.select(kept)
 
     @property
     def file_bytes(self) -> int:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dittocache.embeddings.store.local import LocalRecords
 from dittocache.embeddings.store.loose import LooseFile, OpenRecord, read_bytes
 from dittocache.embeddings.store.maintenance import Maintenance, maintenance, put_back, to_trash
 from dittocache.embeddings.store.pack_file import PackDamagedError, Packed, read_places, write_pack
@@ -76,8 +77,8 @@ def pack_records(store: Store, *, pack_bytes: int = PACK_BYTES, log: EventLog | 
     result = PackResult()
     records = store.local
     with unavailable(f"the store {store.root} cannot be packed"), maintenance(records) as held:
+        result.packs_adopted = adopt_packs(records)
         run = _Packer(store, held, result)
-        run.adopt()
         waiting = sorted(records.loose.files(), key=lambda file: (file.modified, file.key))
         progress = None if log is None else Progress(log, len(waiting))
         for group in _groups(waiting, pack_bytes):
@@ -95,35 +96,10 @@ class _Packer:
         self._records = store.local
         self._held = held
         self._result = result
-        self._index: PackIndex = PackIndex.empty()
+        self._index: PackIndex = self._records.packed.snapshot.index
         self._written: list[_Source] = []  # in packs that the published index does not name yet
         self._packs: dict[str, int] = {}
         self._places: list[tuple[str, Place]] = []
-
-    def adopt(self) -> None:
-        """Begin with the published index, and with whole packs that a killed packer did not come to publish."""
-        packed = self._records.packed
-        packed.refresh()
-        self._index = packed.snapshot.index
-        found: dict[str, int] = {}
-        for name in packed.names():
-            if name in self._index.packs:
-                continue
-            try:
-                places, length = read_places(packed.path(name), name)
-            except PackDamagedError:
-                continue  # `verify` reports it; nothing is lost as long as its records are loose
-            known = [(key, place) for key, place in places if self._index.find(key) is None]
-            if not known:
-                packed.path(name).unlink(missing_ok=True)  # an older copy of records that are in other packs
-                continue
-            found[name] = length
-            self._places += known
-        self._result.packs_adopted = len(found)
-        if found or packed.snapshot.rebuilt:
-            self._index = self._index.with_packs(found, self._places)
-            packed.publish(self._index)
-        self._places = []
 
     def pack(self, group: list[LooseFile]) -> None:
         """Write one pack of these records; those that are packed already only go."""
@@ -136,7 +112,7 @@ class _Packer:
         if not sources:
             return
         name, length, places = write_pack(self._records.packed.folder, [source.packed for source in sources])
-        self._stamp(name, sources)
+        self._records.packed.set_age(name, max(source.status.st_mtime_ns for source in sources))
         self._packs[name] = length
         self._places += places
         self._written += sources
@@ -189,15 +165,42 @@ class _Packer:
         trashed.unlink(missing_ok=True)
         return 1
 
-    def _stamp(self, name: str, sources: list[_Source]) -> None:
-        """A pack is as old as its youngest record, so that packing does not hide from gc how old records are."""
-        youngest = max(source.status.st_mtime_ns for source in sources)
-        os.utime(self._records.packed.path(name), ns=(youngest, youngest))
+
+def adopt_packs(records: LocalRecords) -> int:
+    """Publish whole packs that a killed process did not come to publish, and an index that was rebuilt.
+
+    Returns how many packs that were. Only for who holds the maintenance.
+    """
+    packed = records.packed
+    packed.refresh()
+    index = packed.snapshot.index
+    found: dict[str, int] = {}
+    places: list[tuple[str, Place]] = []
+    for name in packed.names():
+        if name in index.packs:
+            continue
+        try:
+            inside, length = read_places(packed.path(name), name)
+        except PackDamagedError:
+            continue  # `verify` reports it; a packer removes loose records only after their pack was published
+        unknown = [(key, place) for key, place in inside if index.find(key) is None]
+        if unknown:
+            found[name] = length
+            places += unknown
+        else:  # another copy of records that are in other packs
+            packed.path(name).unlink(missing_ok=True)
+    if found or packed.snapshot.rebuilt:
+        packed.publish(index.with_packs(found, places))
+    return len(found)
 
 
 def verified(record: OpenRecord, key: str) -> Packed:
     """The record, after every byte of it was proven; raises RecordCorruptError."""
-    content = read_bytes(record)
+    return proven(read_bytes(record), key)
+
+
+def proven(content: memoryview, key: str) -> Packed:
+    """The same of bytes that were read already."""
     header = parse_header(content, len(content))
     verify(header, key, content[header.begin :])
     return Packed(header, content)

@@ -135,6 +135,10 @@ class PackedRecords:
         sync_folder(self.dropped_folder)
         self.refresh()
 
+    def set_age(self, pack: str, modified: int) -> None:
+        """A pack is as old as its youngest record: packing must not hide from gc how old records are."""
+        os.utime(self.path(pack), ns=(modified, modified))
+
     def names(self) -> list[str]:
         """The packs in the folder, whether the index knows them or not."""
         try:

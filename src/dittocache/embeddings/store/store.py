@@ -87,7 +87,7 @@ class Store:
         if not replace and (present := self.sizes([key])):
             return present[key]
         with unavailable(f"record {key} cannot be written to {self._local.loose.path(key).parent}"):
-            self._write_layout()
+            self._write_layout(self._local.loose.path(key).parent)
             self._local.write(key, content)
         return len(content)
 
@@ -182,9 +182,9 @@ class Store:
             check_layout(str(self.root), layout.read_bytes())
         return True
 
-    def _write_layout(self) -> None:
+    def _write_layout(self, folder: Path) -> None:
         """Before the first record comes which layout the store has."""
-        if not self._has_layout:
+        if not self._has_layout or not folder.is_dir():  # it may have been cleared meanwhile
             self.root.mkdir(parents=True, exist_ok=True)
             replace_file(self.root / LAYOUT_NAME, layout_content())
             self._has_layout = True
