@@ -211,6 +211,23 @@ def test_names_that_appear_twice() -> None:
         made.check(joined(("{" + ",".join([twice, *fields]) + "}").encode(), made.payload))
 
 
+def test_gaps_and_overlaps_are_found() -> None:
+    made = RECORDS["fp8"]
+    (scale_begin, scale_end), (begin, end) = (
+        made.header()[name]["data_offsets"] for name in ("prompt_embeds.scale", "prompt_embeds")
+    )
+    assert scale_begin == 0 and scale_end == begin
+    for moved, payload in (
+        ([begin + 8, end + 8], made.payload[:begin] + b"anything" + made.payload[begin:]),
+        ([begin - 8, end - 8], made.payload[: begin - 8] + made.payload[begin:]),
+        ([0, end - begin], made.payload[begin:]),
+    ):
+        header = made.header()
+        header["prompt_embeds"]["data_offsets"] = moved
+        with pytest.raises(RecordCorruptError, match="overlap or leave a gap"):
+            made.read(joined(header, payload))
+
+
 values = (
     st.none()
     | st.booleans()
