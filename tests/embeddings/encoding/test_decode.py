@@ -161,6 +161,7 @@ def test_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None:
 
 
 def test_the_process_loads_neither_torch_nor_diffusers() -> None:
-    code = "import sys, dittocache.embeddings.encoding.decode_worker; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    modules = "print('torch' in sys.modules, 'numpy' in sys.modules)"
+    code = f"import sys, dittocache.embeddings.encoding.decode_worker; {modules}"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["False", "False"]

@@ -178,7 +178,7 @@ class EncoderSession:
             return f"going on with batches of {self._batch_size}"
         name = batch[0].sample.name
         if self._encoder == "vae" and not tiled and can_tile(self._pipe):
-            self._tiled.add(self._bucket(batch[0]))
+            self._tiled.add(bucket_of(self._encoder, batch[0].sample))
             return f"the VAE takes {name!r} and other pictures of its size in tiles"
         mends = "another device in cache.devices, or `cpu` there"
         if self._encoder == "vae":
