@@ -179,6 +179,11 @@ def test_padding_is_removed_and_masks_become_booleans(tmp_path: Path, job: Job) 
             lambda tensor: tensor.float().index_fill(0, torch.tensor([2]), 1e9),
             "not finite (torch.float16",
         ),
+        (
+            "prompt_embeds",
+            lambda tensor: tensor.index_fill(1, torch.tensor([2]), torch.nan),
+            "not finite (torch.float16",
+        ),
         ("image_latents", lambda tensor: [tensor], "it holds a list; expected one tensor"),
         ("prompt_embeds_mask", lambda mask: mask[:-1], "the mask has shape"),
         (
