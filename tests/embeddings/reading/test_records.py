@@ -195,8 +195,8 @@ def test_reads_that_give_less_than_was_asked_for_are_gone_on_with(
 
 
 def _at_most(most: int, real: Callable[..., int]) -> Callable[..., int]:
-    def preadv(descriptor: int, parts: Sequence[Any], place: int) -> int:
-        return real(descriptor, [memoryview(parts[0])[:most]], place)
+    def preadv(descriptor: int, parts: Sequence[Any], place: int, *flags: int) -> int:
+        return real(descriptor, [memoryview(parts[0])[:most]], place, *flags)
 
     return preadv
 

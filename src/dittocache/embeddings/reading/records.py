@@ -21,6 +21,7 @@ from dittocache.embeddings.store.store import Store
 from dittocache.errors import RecordCorruptError
 
 CHUNK_BYTES = 1 << 18  # read and verified while it is still in the core's cache
+LONG_BYTES = 1 << 20  # longer records are announced to the system
 REMEMBERED = 1 << 18  # headers; some 100 MB
 
 ReadBase = Callable[[str], torch.Tensor]
@@ -174,6 +175,8 @@ def _read_verified(record: OpenRecord, form: Form, target: memoryview) -> bool:
     """Read the bytes after the header; False when anything does not match."""
     if record.length != form.length:
         return False
+    if record.length > LONG_BYTES:
+        _announce(record)
     start = memoryview(bytearray(form.begin))
     chunk = target[:CHUNK_BYTES]
     if not _fill(record, 0, (start, chunk)) or xxh3_64_intdigest(start) != form.header_digest:
@@ -191,6 +194,17 @@ def _read_verified(record: OpenRecord, form: Form, target: memoryview) -> bool:
         for part in form.restoring.parts:  # the checksum covers them by name, not by place
             hasher.update(target[part.begin - form.begin : part.end - form.begin])
     return bool(hasher.hexdigest() == form.checksum)
+
+
+def _announce(record: OpenRecord) -> None:
+    """Where the system offers it, let it fetch all of a long record that is not in memory, not piece by piece."""
+    if hasattr(os, "RWF_NOWAIT"):
+        try:
+            os.preadv(record.descriptor, [bytearray(1)], record.offset + record.length - 1, os.RWF_NOWAIT)
+        except BlockingIOError:
+            os.posix_fadvise(record.descriptor, record.offset, record.length, os.POSIX_FADV_WILLNEED)
+        except OSError:
+            pass  # the file system cannot tell
 
 
 def _fill(record: OpenRecord, place: int, parts: Sequence[memoryview]) -> bool:
