@@ -211,3 +211,42 @@ def test_a_forked_process_reads_with_a_store_of_its_own(store: Store) -> None:
         os._exit(0 if alike else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert reader.store is store
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="this system does not tell what is in memory")
+@pytest.mark.parametrize("refusal, announced", [(BlockingIOError, 1), (OSError, 0), (None, 0)])
+def test_a_long_record_that_is_not_in_memory_is_announced(
+    store: Store, monkeypatch: pytest.MonkeyPatch, refusal: type[OSError] | None, announced: int
+) -> None:
+    tensor = torch.arange(records.LONG_BYTES // 4 + 1, dtype=torch.int32)
+    key, short = write(store, "image_latents", tensor), write(store, "img_shapes", tensor[:100])
+    real = os.preadv
+
+    def preadv(descriptor: int, parts: Sequence[Any], place: int, *flags: int) -> int:
+        if flags and refusal is not None:
+            raise refusal
+        return real(descriptor, parts, place, *flags)
+
+    told: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, *words: told.append(words))
+    reader = RecordReader(store)
+    assert torch.equal(reader.read(key), tensor)
+    assert torch.equal(reader.read(short), tensor[:100])
+    assert told == [(0, path_of(store, key).stat().st_size, os.POSIX_FADV_WILLNEED)] * announced
+
+
+def test_records_behind_a_url_are_verified_and_their_headers_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store("memory://reading")
+    key = write(store, "prompt_embeds", embeds(), FORMS["fp8"])
+    expected = store.read(key)
+    asked: list[str] = []
+    real = type(store).header
+    monkeypatch.setattr(type(store), "header", lambda self, wanted: asked.append(wanted) or real(self, wanted))
+    reader = RecordReader(store)
+    for _ in range(3):
+        target = torch.empty(6, 32)
+        reader.read_into(target, key, reader.form(key))
+        assert torch.equal(target, expected)
+        assert torch.equal(reader.read(key), expected)
+    assert asked == [key]

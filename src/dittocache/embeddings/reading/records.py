@@ -14,8 +14,9 @@ import torch
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 from dittocache.embeddings.reading.buffers import Buffers
+from dittocache.embeddings.store.header import DTYPES, Header, parse_header
 from dittocache.embeddings.store.loose import OpenRecord, read_header
-from dittocache.embeddings.store.record import DTYPES, Header, parse_header, restore, verify_header
+from dittocache.embeddings.store.record import restore, verify_header
 from dittocache.embeddings.store.storage import base_key_of, bases_for
 from dittocache.embeddings.store.store import Store
 from dittocache.errors import RecordCorruptError
@@ -135,7 +136,7 @@ class RecordReader:
             return False
         base = None if form.base_key is None else bases_for(key, read_base)(form.base_key)
         try:
-            target.copy_(restore(form.restoring, content, base))
+            restore(form.restoring, content, base, out=target)
         except RecordCorruptError:
             return False
         return True
