@@ -54,7 +54,8 @@ def pack(
         provenance: JSON values that are no part of the key, such as `{"vae_tiling": true}`.
         base: gives the restored tensor of a record that rows are shared with; without it all rows are stored.
 
-    Raises CacheError when the key is not the recipe's, the dtype has no place in the format, or the form is not known.
+    Raises CacheError when the key is not the recipe's, the dtype has no place in the format, the form is not known, or
+    recipe and provenance are longer than a header may be.
     """
     if recipe_key(recipe) != key:
         raise CacheError(f"key {key} does not belong to this recipe; expected {recipe_key(recipe)} (recipe_key)")
@@ -97,11 +98,14 @@ def verify_header(header: Header, key: str) -> Recipe:
     return recipe
 
 
-def restore(header: Header, tensors: memoryview, base: torch.Tensor | None = None) -> torch.Tensor:
+def restore(
+    header: Header, tensors: memoryview, base: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """The tensor as the encoder made it, from verified bytes; `tensors`, which must be writable, may be shared.
 
     Args:
         base: the restored tensor of the base record; needed when `header.needs_base`.
+        out: of the header's dtype and shape: the result is written there, and shares nothing.
 
     Raises RecordCorruptError when the parts do not fit each other, or the base is another than when this was written.
     """
@@ -110,7 +114,7 @@ def restore(header: Header, tensors: memoryview, base: torch.Tensor | None = Non
     }
     main = found.pop(header.name)
     companions = {name.removeprefix(f"{header.name}."): tensor for name, tensor in found.items()}
-    return to_restored(Stored(main, companions, DTYPES[header.dtype], header.shape, header.restored_digest), base)
+    return to_restored(Stored(main, companions, DTYPES[header.dtype], header.shape, header.restored_digest), base, out)
 
 
 def unpack(content: bytearray | memoryview, key: str, base: ReadBase | None = None) -> torch.Tensor:
@@ -163,6 +167,11 @@ def _safetensors(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) 
         offset = end
     text = canonical_json(header).encode()
     text += b" " * (-len(text) % ALIGNMENT)
+    if len(text) > LARGEST_HEADER_BYTES:
+        raise CacheError(
+            f"recipe and provenance make a header of {len(text)} bytes; expected at most {LARGEST_HEADER_BYTES}: "
+            "describe long inputs by their digests"
+        )
     return b"".join([len(text).to_bytes(LENGTH_BYTES, "little"), text, *(content[name] for name, _, _ in placed)])
 
 
