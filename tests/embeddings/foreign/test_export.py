@@ -149,9 +149,28 @@ def test_incomplete_samples_are_left_out_and_named(tmp_path: Path, job: Job) -> 
     [record] = (tmp_path / "cache").rglob(f"{key}*")
     record.unlink()
     result = run(job, tmp_path / "out")
-    assert (result.samples, result.left_out) == (2, ["sample-1"])
-    assert "1 samples are not cached completely and left out: sample-1" in result.describe()
+    assert (result.samples, result.left_out) == (2, {"sample-1": "not cached completely"})
+    assert "1 samples are left out:\n  sample-1: not cached completely" in result.describe()
     assert len(list((tmp_path / "out/metadata").iterdir())) == 2
+
+
+def test_what_has_changed_since_it_was_cached_is_left_out(tmp_path: Path) -> None:
+    """The layout names tensors by the files as they are: an old tensor would get the new picture's name."""
+    job = cached(make_job(tmp_path, count=5, controls=2))
+    manifest = job.plan().manifest
+    picture(job.samples[0].target, "another")
+    picture(job.samples[1].controls[1], "another")
+    job.samples[2] = replace(job.samples[2], prompt="another caption")
+    job.samples[3] = replace(job.samples[3], controls=job.samples[3].controls[::-1])
+    result = export_cache(job.store, manifest, tmp_path / "out", "pt", "qflux", job.samples)
+    assert {name: reason.partition(" has changed")[0] for name, reason in result.left_out.items()} == {
+        "sample-0": "its picture",
+        "sample-1": "its control picture",
+        "sample-2": "its caption",
+        "sample-3": "its control picture",
+    }
+    assert result.samples == 1
+    assert export_cache(job.store, manifest, tmp_path / "flat", "pt", "flat").samples == 5
 
 
 def test_an_older_export_is_not_overwritten_unasked(tmp_path: Path, job: Job) -> None:

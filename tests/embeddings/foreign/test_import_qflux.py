@@ -293,8 +293,8 @@ def test_source_files_are_read_once(tmp_path: Path, job: Job, monkeypatch: pytes
     read: list[Path] = []
     from dittocache.embeddings.foreign import hashing
 
-    real = hashing._file_md5
-    monkeypatch.setattr(hashing, "_file_md5", lambda file: read.append(file) or real(file))
+    real = hashing._file_digests
+    monkeypatch.setattr(hashing, "_file_digests", lambda file: read.append(file) or real(file))
     monkeypatch.setattr(hashing, "GRANULARITY_NS", -(10**18))  # the files are older than a clock's tick
     run(job, tmp_path / "qflux")
     assert len(read) == len(set(read)) == 6

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from dittocache.events import EventLog, Progress
 
 Layout = Literal["qflux", "flat"]
 LAYOUTS: tuple[Layout, ...] = ("qflux", "flat")
+SHOWN = 10  # samples left out that are listed
 
 
 @dataclass
@@ -34,7 +36,7 @@ class ExportResult:
         bytes: in a plan, of the files to be written; else of all exported tensors, those included that were there.
         present: files that were there already.
         free_bytes: left on the disk before.
-        left_out: samples that are not complete in the store.
+        left_out: samples that were not exported, and why.
         seconds: wall time.
     """
 
@@ -47,7 +49,7 @@ class ExportResult:
     bytes: int = 0
     present: int = 0
     free_bytes: int = 0
-    left_out: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
     def describe(self) -> str:
@@ -59,8 +61,9 @@ class ExportResult:
         else:
             lines.append(f"{self.files} files written, {self.present} were there already: {self.bytes / 1e6:.1f} MB")
         if self.left_out:
-            names = ", ".join(self.left_out[:5]) + (", ..." if len(self.left_out) > 5 else "")
-            lines.append(f"{len(self.left_out)} samples are not cached completely and left out: {names}")
+            lines.append(f"{len(self.left_out)} samples are left out:")
+            lines += [f"  {name}: {reason}" for name, reason in list(self.left_out.items())[:SHOWN]]
+            lines += [f"  and {len(self.left_out) - SHOWN} more"] if len(self.left_out) > SHOWN else []
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
@@ -78,20 +81,7 @@ def plan_export(
 ) -> ExportResult:
     """How much `export_cache` would write; nothing is written. Raises as it does."""
     files = _layout(manifest, Path(folder), format, layout, samples, replace=False)
-    sizes = store.sizes(manifest.keys)
-    result, complete = _begin(manifest, sizes, Path(folder), format, layout, dry_run=True)
-    planned: set[Path] = set()
-    for name in complete:
-        for file in files.files(name):
-            if file.path in planned:
-                continue
-            planned.add(file.path)
-            if file.path.is_file():
-                result.present += 1
-            else:
-                result.files += 1
-                result.bytes += sum(sizes[manifest.samples[name][artifact]] for artifact in file.artifacts)
-    return result
+    return _planned(store, manifest, files, Path(folder), format, layout)[0]
 
 
 def export_cache(
@@ -115,20 +105,21 @@ def export_cache(
         replace: overwrite a sample's file of an earlier export (`flat`).
         log: receives progress.
 
+    Samples that are not cached completely are left out, and with `qflux` those whose pictures or caption have changed.
     Every file appears whole or not at all; started again, an export goes on where it ended. Tensors keep their dtype
     and every bit. Raises CacheError where samples are missing for `qflux` or a file in the way holds something else,
     DataError where a source file cannot be read, StoreUnavailableError where the disk is too small or not writable,
     RecordCorruptError for a damaged record.
     """
     started = time.monotonic()
-    planned = plan_export(store, manifest, folder, format, layout, samples)
+    files = _layout(manifest, Path(folder), format, layout, samples, replace)
+    planned, complete = _planned(store, manifest, files, Path(folder), format, layout)
     if planned.bytes > planned.free_bytes:
         raise StoreUnavailableError(
             f"the export needs {planned.bytes / 1e6:.1f} MB, {folder} has {planned.free_bytes / 1e6:.1f} MB free: free "
             "space or choose another folder"
         )
-    files = _layout(manifest, Path(folder), format, layout, samples, replace)
-    result, complete = _begin(manifest, store.sizes(manifest.keys), Path(folder), format, layout, dry_run=False)
+    result = dataclasses.replace(planned, dry_run=False, files=0, bytes=0, present=0)
     progress = Progress(log, len(complete)) if log is not None else None
     for name in complete:
         tensors = {artifact: store.read(key) for artifact, key in manifest.samples[name].items()}
@@ -141,6 +132,26 @@ def export_cache(
             progress.advance()
     result.seconds = time.monotonic() - started
     return result
+
+
+def _planned(
+    store: Store, manifest: Manifest, files: ExportLayout, folder: Path, format: str, layout: str
+) -> tuple[ExportResult, list[str]]:
+    """The plan, and the names of the samples to export."""
+    sizes = store.sizes(manifest.keys)
+    result, complete = _begin(manifest, files, sizes, folder, format, layout)
+    planned: set[Path] = set()
+    for name in complete:
+        for file in files.files(name):
+            if file.path in planned:
+                continue
+            planned.add(file.path)
+            if file.path.is_file():
+                result.present += 1
+            else:
+                result.files += 1
+                result.bytes += sum(sizes[manifest.samples[name][artifact]] for artifact in file.artifacts)
+    return result, complete
 
 
 def _layout(
@@ -158,15 +169,24 @@ def _layout(
 
 
 def _begin(
-    manifest: Manifest, present: dict[str, int], folder: Path, format: str, layout: str, dry_run: bool
+    manifest: Manifest,
+    files: ExportLayout,
+    present: Mapping[str, int],
+    folder: Path,
+    format: str,
+    layout: str,
 ) -> tuple[ExportResult, list[str]]:
-    """An empty result, and the names of the samples that are complete in the store."""
-    result = ExportResult(str(folder), format, layout, dry_run)
-    complete: list[str] = []
+    """A plan without files yet, and the names of the samples to export."""
+    result = ExportResult(str(folder), format, layout, dry_run=True)
+    chosen: list[str] = []
     for name, keys in manifest.samples.items():
-        (complete if all(key in present for key in keys.values()) else result.left_out).append(name)
-    result.samples = len(complete)
+        problem = files.problem(name) if all(key in present for key in keys.values()) else "not cached completely"
+        if problem is None:
+            chosen.append(name)
+        else:
+            result.left_out[name] = problem
+    result.samples = len(chosen)
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     with unavailable(f"{folder} cannot be written"):
         result.free_bytes = shutil.disk_usage(there).free
-    return result, complete
+    return result, chosen

@@ -10,6 +10,7 @@ from typing import Protocol
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from dittocache.data.digests import text_digest
 from dittocache.data.sample import Sample
 from dittocache.embeddings.foreign.embedding_files import (
     FileFormat,
@@ -28,6 +29,9 @@ from dittocache.embeddings.store.durable import replace_file
 from dittocache.errors import CacheError
 from dittocache.families.base import Tensors
 
+EMPTY = "empty_"  # begins the names of what is made of the empty prompt
+_ROLES = {"target": "picture", "control": "control picture", "prompt": "caption"}
+
 
 @dataclass(frozen=True)
 class ExportFile:
@@ -42,6 +46,10 @@ class ExportLayout(Protocol):
 
     def files(self, name: str) -> Sequence[ExportFile]:
         """The files of a sample, as they are called where nothing is in the way."""
+        ...
+
+    def problem(self, name: str) -> str | None:
+        """Why a sample that is complete in the store must not be exported; raises DataError where it cannot be told."""
         ...
 
     def write(self, name: str, tensors: Tensors) -> int:
@@ -61,6 +69,10 @@ class FlatLayout:
     def files(self, name: str) -> Sequence[ExportFile]:
         """One file."""
         return [ExportFile(self._path(name), tuple(self._manifest.samples[name]))]
+
+    def problem(self, name: str) -> str | None:
+        """None: the file is named by the sample, whatever its pictures are now."""
+        return None
 
     def write(self, name: str, tensors: Tensors) -> int:
         """Write the file; one that is there and holds the same stays."""
@@ -114,6 +126,21 @@ class HashedLayout:
             path = find_embedding(self._folder, artifact, stem) or self._folder / artifact / f"{stem}.{self._form}"
             found.append(ExportFile(path, (artifact,)))
         return found
+
+    def problem(self, name: str) -> str | None:
+        """Whether pictures or prompt are others than those that were cached: the tensors would get their names."""
+        sample = self._samples[name]
+        controls = [f"file:{self._sources.digest(path)}" for path in sample.controls]
+        now = {"target": [f"file:{self._sources.digest(sample.target)}"], "control": controls}
+        for artifact, key in self._manifest.samples[name].items():
+            texts = [] if artifact.startswith(EMPTY) else [f"text:{text_digest(sample.prompt)}"]
+            cached: dict[str, list[str]] = {}
+            for one in self._manifest.recipes[key]["inputs"]:
+                cached.setdefault(one["role"], []).append(one["content"])
+            for role, contents in cached.items():
+                if contents != now.get(role, texts or contents):
+                    return f"its {_ROLES.get(role, role)} has changed since it was cached: cache again"
+        return None
 
     def write(self, name: str, tensors: Tensors) -> int:
         """Write the tensors, and then the metadata that names them."""
