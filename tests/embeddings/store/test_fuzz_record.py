@@ -210,6 +210,17 @@ def test_a_shape_of_anything_but_natural_numbers(sides: str) -> None:
     assert sides in text
     with pytest.raises(RecordCorruptError):
         made.read(joined(text.encode(), made.payload))
+    with pytest.raises(RecordCorruptError):
+        made.read(proven(json.loads(text), made.payload))
+
+
+def test_a_tensor_that_belongs_to_no_artifact_is_found() -> None:
+    made = RECORDS["native"]
+    end = len(made.payload)
+    for name in ("prompt_embeds.more", "prompt_embeds_mask", "prompt_embeds.scale.scale"):
+        header = {**made.header(), name: {"dtype": "U8", "shape": [4], "data_offsets": [end, end + 4]}}
+        with pytest.raises(RecordCorruptError, match="expected an artifact and its companions"):
+            made.read(proven(header, made.payload + b"more"))
 
 
 def test_names_that_appear_twice() -> None:

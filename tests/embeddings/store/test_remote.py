@@ -63,7 +63,11 @@ class FaultyObjects(MemoryFileSystem):
 
     def find(self, path: str, *arguments: Any, **options: Any) -> Any:
         self._meet("find")
-        return super().find(path, *arguments, **options)
+        try:
+            return self.dircache[path]
+        except KeyError:
+            self.dircache[path] = found = super().find(path, *arguments, **options)
+            return found
 
     def rm_file(self, path: str) -> None:
         self._meet("rm_file")
@@ -165,6 +169,13 @@ def test_few_keys_cost_no_listing_and_many_one(faulty: type[FaultyObjects], monk
     faulty.calls.clear()
     monkeypatch.setattr(remote, "LISTING_FROM", 2)
     assert set(store.sizes([KEY, "0" * 32])) == {KEY} and faulty.calls == {"find": 1}
+
+
+def test_a_listing_is_never_an_old_one() -> None:
+    store = Store(URL)
+    assert list(store.keys()) == []
+    store.write(KEY, TENSOR, RECIPE)
+    assert list(store.keys()) == [KEY]
 
 
 def test_what_needs_files_is_refused() -> None:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 
 from dittocache.embeddings.recipe import recipe_key
+from dittocache.embeddings.store.forms import Stored, to_restored
 from dittocache.embeddings.store.record import DTYPES, pack, parse_header, unpack
-from dittocache.embeddings.store.storage import Storage, Stored, storage_error, storage_field, to_restored
+from dittocache.embeddings.store.storage import Storage, storage_error, storage_field
 from dittocache.embeddings.store.store import Store
 from dittocache.errors import CacheError, RecordCorruptError, RecordMissingError
 

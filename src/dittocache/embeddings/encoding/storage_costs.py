@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from dittocache.embeddings.store.storage import FP8_FORM, storage_error, to_restored, to_stored
+from dittocache.embeddings.store.forms import to_restored, to_stored
+from dittocache.embeddings.store.storage import FP8_FORM, storage_error
 
 MEASURED_FIRST = 16  # of every artifact; measuring costs more than storing
 MEASURED_EVERY = 32

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dittocache.embeddings.recipe import Recipe, canonical_json, canonical_key
-from dittocache.embeddings.store.storage import ROWS, SCALE
+from dittocache.embeddings.store.forms import ROWS, SCALE
 from dittocache.errors import RecordCorruptError
 
 FORMAT = "dittocache-2"

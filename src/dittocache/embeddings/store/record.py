@@ -9,6 +9,7 @@ import torch
 from xxhash import xxh3_64
 
 from dittocache.embeddings.recipe import Recipe, canonical_json, recipe_key
+from dittocache.embeddings.store.forms import Stored, to_restored, to_stored
 from dittocache.embeddings.store.header import (
     ALIGNMENT,
     DTYPE_NAMES,
@@ -22,7 +23,7 @@ from dittocache.embeddings.store.header import (
     meaning_of,
     parse_header,
 )
-from dittocache.embeddings.store.storage import ReadBase, Stored, base_key_of, to_restored, to_stored
+from dittocache.embeddings.store.storage import ReadBase, base_key_of
 from dittocache.errors import CacheError, RecordCorruptError
 
 __all__ = [

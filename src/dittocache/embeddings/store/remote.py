@@ -82,12 +82,7 @@ class RemoteRecords:
 
     def length(self, name: str) -> int:
         """Of an object, in bytes; raises FileNotFoundError or StoreUnavailableError."""
-
-        def ask() -> int:
-            self._system.invalidate_cache()
-            return int(self._system.info(name)["size"])
-
-        return self._try(f"{name} cannot be read", ask)
+        return self._try(f"{name} cannot be read", lambda: int(self._system.info(name)["size"]))
 
     def name(self, *parts: str) -> str:
         """An object's name, from its parts below the URL."""
@@ -122,14 +117,10 @@ class RemoteRecords:
     def _list(self, prefix: str) -> dict[str, int]:
         """Key -> length in bytes of all records in one part of the store, or in all of it."""
         folder = self.name("objects", *([prefix] if prefix else []))
-
-        def find() -> dict[str, Any]:
-            self._system.invalidate_cache()
-            found: dict[str, Any] = self._system.find(folder, detail=True)
-            return found
-
         try:
-            found = self._try(f"{folder} cannot be listed", find)
+            found: dict[str, Any] = self._try(
+                f"{folder} cannot be listed", lambda: self._system.find(folder, detail=True)
+            )
         except FileNotFoundError:
             return {}
         sizes = {}
@@ -156,6 +147,7 @@ class RemoteRecords:
 def _open(url: str) -> tuple[Any, str]:
     protocol = url.partition("://")[0].rpartition("::")[2]
     try:
+        # Listings must show what other processes put: fsspec would remember them for as long as this process lives.
         system, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
         package = PACKAGES.get(protocol)
