@@ -9,6 +9,7 @@ from typing import Literal
 
 from cyclopts import App
 
+from dittocache.cli import cache_care
 from dittocache.cli.shared import ConfigFile, Flag, Overrides, load_settings, say, settings_help, start_job
 from dittocache.errors import ConfigError
 from dittocache.jobs.stages import CACHE
@@ -133,3 +134,6 @@ def export(
     with TerminalListener() as listener:
         done = export_cache(load_settings(config, settings), folder, listener, format, layout, dry_run=dry_run)
     say(json_text.dumps(done.as_dict(), indent=2) if json else done.describe())
+
+
+cache_care.add_to(cache_app)
