@@ -75,6 +75,12 @@ class CacheConfig(Settings):
         """The store's folder on this machine or a mounted disk; None where `cache_dir` is a URL."""
         return self.cache_dir if isinstance(self.cache_dir, Path) else None
 
+    @property
+    def encodes_in_parallel(self) -> bool:
+        """Whether the VAE and the text encoders have different devices by name, so that both can work at once."""
+        text = {device for name, device in self.devices.items() if name != "vae"}
+        return bool(text) and "vae" in self.devices and self.devices["vae"] not in text
+
     def batch_size_of(self, encoder: str | None) -> int:
         """Samples that an encoder (None: plain facts) takes at once."""
         return self.batch_size or (self.latent_batch_size if encoder in ("vae", None) else self.text_batch_size)

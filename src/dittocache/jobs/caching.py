@@ -26,6 +26,7 @@ from dittocache.embeddings.planning.plan import Plan
 from dittocache.embeddings.store import roots
 from dittocache.errors import CacheError
 from dittocache.events import EventLog, Progress
+from dittocache.jobs.cache_removal import note_cached
 from dittocache.jobs.inputs import (
     RunInputs,
     complete_part,
@@ -51,6 +52,7 @@ def cache_text(inputs: RunInputs, log: EventLog) -> None:
     plan = _registered_plan(inputs)
     _encode(inputs, plan, text_encoders(inputs.family), log)
     if inputs.leads:
+        inputs.wait_for_stage_beside()  # which makes the latents that the manifest names
         _save_manifest(inputs, plan, log)
 
 
@@ -86,6 +88,7 @@ def _encode(inputs: RunInputs, plan: Plan, encoders: Sequence[str | None], log: 
             opened.enter_context(leases)
         if any(plan.work(encoder) for encoder in encoders) or not cache.skip_existing:
             if inputs.leads:
+                note_cached(inputs, records_of(plan, encoders) - plan.stored.keys())
                 _tidy(inputs, leases, log.stage)
             if inputs.worker == 0 and cache.workers > 1:
                 others = WorkerProcesses(log.stage, inputs.config, inputs.run_dir, cache.workers - 1, log)

@@ -37,11 +37,13 @@ class RunInputs:
 
     Attributes:
         worker: 0, or the number of this process among those that a caching stage has started beside itself.
+        after: descriptor that is at its end when the stage that runs beside this one has ended; None where none does.
     """
 
     config: RunConfig
     run_dir: Path
     worker: int = 0
+    after: int | None = None
 
     @cached_property
     def model(self) -> str:
@@ -112,6 +114,11 @@ class RunInputs:
     def leads(self) -> bool:
         """Whether this process owns the run: it waits for the other workers and writes the manifest."""
         return self.worker == 0 and self.rank.index == 0
+
+    def wait_for_stage_beside(self) -> None:
+        """Return when the stage that runs at the same time as this one has ended."""
+        while self.after is not None and os.read(self.after, 1):
+            pass
 
     def encoder_device(self, encoder: str | None) -> str:
         """Where an encoder runs while caching, for this worker; raises ConfigError for a device that is not there."""

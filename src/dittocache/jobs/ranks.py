@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from dittocache.errors import ConfigError
 
 # By launcher: this process's number, how many there are, its number on this machine.
@@ -48,7 +46,7 @@ def device_of_worker(device: str, position: int, devices: int) -> str:
     Args:
         devices: how many CUDA devices this process sees.
     """
-    named = torch.device(device)
-    if named.type != "cuda" or devices < 2:
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or devices < 2:
         return device
-    return f"cuda:{((named.index or 0) + position) % devices}"
+    return f"cuda:{(int(index or 0) + position) % devices}"
