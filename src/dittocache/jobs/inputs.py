@@ -122,10 +122,8 @@ class RunInputs:
 
     def encoder_device(self, encoder: str | None) -> str:
         """Where an encoder runs while caching, for this worker; raises ConfigError for a device that is not there."""
-        device = self.device
-        for name, named in self.config.cache.devices.items():
-            if name == encoder:
-                device = resolve_device(named, f"cache.devices.{name}")
+        named = {str(name): device for name, device in self.config.cache.devices.items()}.get(encoder or "")
+        device = self.device if named is None else resolve_device(named, f"cache.devices.{encoder}")
         position = self.rank.local * self.config.cache.workers + self.worker
         if position == 0:
             return device
