@@ -133,7 +133,9 @@ def test_a_record_under_another_records_name_is_an_error(store: Store) -> None:
         reader.read(one)
 
 
-def test_a_record_that_was_encoded_again_with_another_result_is_read(store: Store) -> None:
+def test_a_record_that_was_encoded_again_with_another_result_is_read(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """GPUs do not give the same bits twice; the key is the same."""
     key = write(store, "prompt_embeds", embeds())
     reader = RecordReader(store)
@@ -144,6 +146,26 @@ def test_a_record_that_was_encoded_again_with_another_result_is_read(store: Stor
     target = torch.empty(6, 32)
     reader.read_into(target, key, reader.form(key))
     assert torch.equal(target, embeds(seed=1))
+    path_of(store, key).unlink()
+    write(store, "prompt_embeds", embeds(seed=2))
+    reader.read_into(target, key, reader.form(key))
+    assert torch.equal(target, embeds(seed=2))
+    reader.form(key)
+    monkeypatch.setattr(Store, "read", lambda *_: pytest.fail("read by the store"))
+    reader.read_into(target, key, reader.form(key))
+
+
+def test_rows_whose_base_was_encoded_again_with_another_result_are_an_error(store: Store) -> None:
+    empty = embeds(8)
+    base = write(store, "empty_prompt_embeds", empty)
+    key = write(store, "prompt_embeds", torch.cat([empty, embeds(4, seed=1)]), {"rows_shared_with": base})
+    reader = RecordReader(store)
+    reader.read(key)
+    path_of(store, base).unlink()
+    write(store, "empty_prompt_embeds", embeds(8, seed=2))
+    with pytest.raises(RecordCorruptError, match="moved to"):
+        reader.read(key)
+    assert quarantined(store) == 1
 
 
 def test_a_record_that_changed_its_shape_under_a_reader_is_an_error(store: Store) -> None:
