@@ -35,7 +35,7 @@ def test_a_sound_run_says_what_it_will_encode(config: RunConfig) -> None:
         results |= event
     assert (results["samples"], results["held_out"], results["family"]) == (4, 2, "qwen-image-edit-plus")
     assert results["cached"] == {}
-    assert results["plan"]["misses"] == 28
+    assert results["plan"]["misses"] == 25
     assert results["artifacts"]["image_latents"] == {"encoder": "vae", "records": 4, "missing": 4}
     assert not (config.run_dir / "manifest.json").exists()
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dittocache.config import check_config
 from dittocache.embeddings.config import CacheConfig
 from dittocache.embeddings.encoding.leases import Leases
+from dittocache.embeddings.encoding.ray_actors import RayActors
 from dittocache.embeddings.encoding.result import EncodeResult
 from dittocache.embeddings.encoding.session import EncoderSession, EncodeSettings
 from dittocache.embeddings.encoding.shard_worker import ShardWorker, open_leases
@@ -35,7 +38,7 @@ from dittocache.jobs.inputs import (
     save_manifest,
     text_encoders,
 )
-from dittocache.jobs.run_folder import WORKERS_NAME
+from dittocache.jobs.run_folder import EVENTS_NAME, WORKERS_NAME
 from dittocache.jobs.worker_processes import WorkerProcesses
 
 
@@ -76,7 +79,7 @@ def _registered_plan(inputs: RunInputs) -> Plan:
     return plan
 
 
-def _encode(inputs: RunInputs, plan: Plan, encoders: Sequence[str | None], log: EventLog) -> None:
+def _encode(inputs: RunInputs, plan: Plan, encoders: Sequence[str | None], log: EventLog) -> dict[str, Any]:
     """Encode with one encoder after the other, beside the other workers, and report the sum."""
     cache = inputs.config.cache
     started = time.monotonic()
@@ -90,18 +93,17 @@ def _encode(inputs: RunInputs, plan: Plan, encoders: Sequence[str | None], log: 
             if inputs.leads:
                 note_cached(inputs, records_of(plan, encoders) - plan.stored.keys())
                 _tidy(inputs, leases, log.stage)
-            if inputs.worker == 0 and cache.workers > 1:
+            if inputs.leads and cache.runner == "ray":
+                _encode_on_ray(inputs, plan, encoders, log, total)
+            elif inputs.worker == 0 and cache.workers > 1:
                 others = WorkerProcesses(log.stage, inputs.config, inputs.run_dir, cache.workers - 1, log)
                 opened.enter_context(others)
             _share_cores(cache.workers)
-        signals = opened.enter_context(HeldSignals())
-        for encoder in encoders:
-            total.add(_encode_with(inputs, plan, encoder, leases, signals, log))
+        with HeldSignals() as signals:
+            for encoder in encoders:
+                total.add(_encode_with(inputs, plan, encoder, leases, signals, log))
         for found in others.results() if others is not None else ():
-            total.encoded += found["encoded"]
-            total.samples += found["samples"]
-            total.bytes_written += found["bytes_written"]
-            total.failed |= found["failed"]
+            _add(total, found)
     if inputs.leads:
         for path, problem in total.failed.items():
             log.message(f"left out: {path}: {problem}", level="error")
@@ -109,6 +111,65 @@ def _encode(inputs: RunInputs, plan: Plan, encoders: Sequence[str | None], log: 
     fields: dict[str, Any] = total.as_dict()
     fields.pop("failed_samples")
     log.emit("result", **fields)
+    return fields
+
+
+def encode_beside(stage: str, settings: dict[str, Any], run_dir: str, worker: int) -> dict[str, Any]:
+    """What a Ray actor does for a caching stage: claim and encode what is free, and return the result's fields.
+
+    Args:
+        settings: of the run, as JSON values, with absolute paths.
+        worker: the actor's number, from 1 on.
+    """
+    folder = Path(run_dir) / WORKERS_NAME / str(worker)
+    inputs = RunInputs(check_config(settings), folder, worker)
+    encoders = latent_encoders(inputs.family) if stage == "cache_latents" else text_encoders(inputs.family)
+    return _encode(inputs, inputs.plan(), encoders, EventLog(folder / EVENTS_NAME, stage))
+
+
+def _encode_on_ray(
+    inputs: RunInputs, plan: Plan, encoders: Sequence[str | None], log: EventLog, total: EncodeResult
+) -> None:
+    """Let Ray actors encode; what they leave undone, because they failed, is left to this process."""
+    missing = records_of(plan, encoders) - plan.stored.keys()
+    progress = Progress(log, len(missing))
+
+    def count_stored() -> None:
+        progress.advance(len(inputs.store.sizes(missing)) - progress.done)
+
+    settings = settings_for_ray(inputs)
+    work = partial(encode_beside, log.stage, settings, str(inputs.run_dir.absolute()))
+    gpus = int(any(inputs.encoder_device(encoder).startswith("cuda") for encoder in encoders if encoder is not None))
+    with RayActors(work, inputs.config.cache.workers, gpus) as actors:
+        for number, found in enumerate(actors.results(count_stored), start=1):
+            if isinstance(found, str):
+                log.message(f"Ray actor {number} failed: {found}; others do its work", level="warning")
+            else:
+                _add(total, found)
+
+
+def settings_for_ray(inputs: RunInputs) -> dict[str, Any]:
+    """The run's settings for a process in another folder, perhaps on another machine, that sees its own GPU only."""
+    settings = inputs.config.model_dump(mode="json")
+    settings["data"]["path"] = str(inputs.config.data.path.absolute())
+    if inputs.config.cache.folder is not None:
+        settings["cache"]["cache_dir"] = str(inputs.config.cache.folder.absolute())
+    if Path(inputs.model).exists():
+        settings["model"]["path"] = str(Path(inputs.model).absolute())
+    for section, name in [
+        (settings["model"], "device"),
+        *((settings["cache"]["devices"], name) for name in inputs.config.cache.devices),
+    ]:
+        section[name] = "cuda" if section[name].startswith("cuda") else section[name]
+    return settings
+
+
+def _add(total: EncodeResult, found: Mapping[str, Any]) -> None:
+    """Count what another worker of this run did, from the fields of its result."""
+    total.encoded += found["encoded"]
+    total.samples += found["samples"]
+    total.bytes_written += found["bytes_written"]
+    total.failed |= found["failed"]
 
 
 def _encode_with(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from dittocache.events import Event, EventLog, read_events
 from dittocache.jobs.failures import STOPPED_CODES, describe_returncode
 from dittocache.jobs.run_folder import CONFIG_NAME, EVENTS_NAME, WORKERS_NAME
 
+_SECONDS_TO_REPORT = 5.0
 _SECONDS_TO_END = 30.0  # a worker that is told to end stores its batch first
 
 
@@ -59,17 +61,20 @@ class WorkerProcesses:
     ) -> None:
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             self._wait(_SECONDS_TO_END / 3)  # Ctrl-C reached the whole group: they are ending
-        for worker in self._workers:
-            os.close(worker.lifeline)  # tells it to end in good order
+        self._let_go()
         self._wait(_SECONDS_TO_END)
         for worker in self._workers:
             worker.process.kill()
             worker.process.wait()
 
     def results(self) -> list[Event]:
-        """Wait until all have ended, say who failed, and return what the workers reported as results."""
+        """End all, say who failed, and return what the workers reported as results; for when all work is done."""
         found: list[Event] = []
+        self._wait(_SECONDS_TO_REPORT)
+        self._let_go()  # what still loads an encoder now comes too late
+        self._wait(_SECONDS_TO_END)
         for worker in self._workers:
+            worker.process.kill()
             returncode = worker.process.wait()
             events = list(read_events(worker.events, worker.offset))
             found += [event for event in events if event["kind"] == "result"]
@@ -99,7 +104,15 @@ class WorkerProcesses:
             os.close(lifeline)
         return _Worker(number, process, mine, events, offset)
 
+    def _let_go(self) -> None:
+        """Tell the workers to end in good order."""
+        for worker in self._workers:
+            if worker.lifeline >= 0:
+                os.close(worker.lifeline)
+                worker.lifeline = -1
+
     def _wait(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
         for worker in self._workers:
             with suppress(subprocess.TimeoutExpired):
-                worker.process.wait(seconds)
+                worker.process.wait(max(0.0, deadline - time.monotonic()))

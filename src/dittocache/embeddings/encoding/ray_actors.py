@@ -13,6 +13,7 @@ from typing import Any
 from dittocache.errors import CacheError
 
 Work = Callable[[int], dict[str, Any]]
+_TICK_SECONDS = 5.0
 
 
 class RayActors:
@@ -59,8 +60,14 @@ class RayActors:
         if self._started_ray:
             self._ray.shutdown()
 
-    def results(self) -> list[dict[str, Any] | str]:
-        """Wait for all actors: what each one's work returned, or in words why it failed."""
+    def results(self, tick: Callable[[], None] = lambda: None) -> list[dict[str, Any] | str]:
+        """Wait for all actors: what each one's work returned, or in words why it failed.
+
+        Args:
+            tick: called every few seconds meanwhile.
+        """
+        while self._ray.wait(self._pending, num_returns=len(self._pending), timeout=_TICK_SECONDS)[1]:
+            tick()
         found: list[dict[str, Any] | str] = []
         for pending in self._pending:
             try:
