@@ -15,8 +15,13 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from dittocache.embeddings.recipe import recipe_key
 from dittocache.embeddings.store import remote
+from dittocache.embeddings.store.clearing import plan_clear
+from dittocache.embeddings.store.gc import plan_gc
+from dittocache.embeddings.store.inspection import inspect
 from dittocache.embeddings.store.location import location
+from dittocache.embeddings.store.packing import pack_records
 from dittocache.embeddings.store.store import Store
+from dittocache.embeddings.store.verification import verify_store
 from dittocache.errors import CacheError, RecordCorruptError, StoreUnavailableError
 
 RECIPE: dict[str, Any] = {"artifact": "prompt_embeds", "schema": 1}
@@ -181,9 +186,34 @@ def test_a_listing_is_never_an_old_one() -> None:
 def test_what_needs_files_is_refused() -> None:
     store = Store(URL)
     assert not store.is_local and store.location == URL
-    for ask in (lambda: store.opened(KEY), lambda: store.root, lambda: store.local, store.rebuild_index):
+    needing_files: list[Callable[[], object]] = [
+        lambda: store.opened(KEY),
+        lambda: store.root,
+        lambda: store.local,
+        store.rebuild_index,
+        lambda: pack_records(store),
+        lambda: plan_gc(store),
+        lambda: plan_clear(store),
+    ]
+    for ask in needing_files:
         with pytest.raises(CacheError, match=f"{URL} are not in files.*expected a folder"):
             ask()
+
+
+def test_records_are_verified_and_inspected_wherever_they_are(faulty: type[FaultyObjects]) -> None:
+    store = Store(URL)
+    store.write(KEY, TENSOR, RECIPE)
+    assert verify_store(store).records == 1 and not verify_store(store).bad
+    assert inspect(store, KEY)["path"] == URL
+    name = f"{URL}/objects/{KEY[:2]}/{KEY}.safetensors"
+    faulty().pipe_file(name, faulty().cat_file(name)[:-1])
+    assert [bad.key for bad in verify_store(store).bad] == [KEY]
+
+
+@pytest.mark.parametrize("name", [f"zz/{KEY}.safetensors", f"{KEY[:2]}/{KEY}.tmp", f"{KEY[:2]}/x.safetensors", KEY])
+def test_objects_that_are_no_records_are_not_listed(faulty: type[FaultyObjects], name: str) -> None:
+    faulty().pipe_file(f"{URL}/objects/{name}", b"anybody's")
+    assert list(Store(URL).keys()) == []
 
 
 @pytest.mark.parametrize(("url", "package"), [("s3://bucket/cache", "s3fs"), ("gs://bucket/cache", "gcsfs")])
