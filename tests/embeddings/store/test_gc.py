@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import itertools
 import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.embeddings.store.records import assert_right, fill, key, recipe, tensor
@@ -15,7 +19,7 @@ from dittocache.embeddings.store.gc import collect, plan_gc, remove_unshared
 from dittocache.embeddings.store.packing import pack_records
 from dittocache.embeddings.store.roots import Root, forget, machine_identity, register, roots
 from dittocache.embeddings.store.store import Store
-from dittocache.errors import CacheError, RecordMissingError
+from dittocache.errors import CacheError, RecordMissingError, StoreUnavailableError
 
 LIVE, DEAD = range(0, 20), range(20, 50)
 
@@ -143,6 +147,35 @@ def test_interrupted_between_marking_and_removing_everything_is_back(
         collect(store, plan)
     assert len(store.sizes([key(number) for number in range(50)])) == 50
     assert_right(Store(store.root), range(50))
+
+
+@pytest.mark.parametrize("call", ["write", "replace", "unlink"])
+@pytest.mark.parametrize("after", [0, 2, 7])
+@pytest.mark.parametrize("packed", [False, True], ids=["loose", "packed"])
+def test_what_the_disk_refuses_loses_nothing_that_is_in_use(
+    store: Store, monkeypatch: pytest.MonkeyPatch, call: str, after: int, packed: bool
+) -> None:
+    saved_run(store, "run", LIVE)
+    if packed:
+        pack_records(store, pack_bytes=6000)
+    plan = plan_gc(store, min_age_seconds=0)
+    real, calls = getattr(os, call), itertools.count()
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        if next(calls) >= after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse)
+        with contextlib.suppress(StoreUnavailableError):  # not every call comes so far
+            collect(store, plan)
+    for one in (store, Store(store.root)):
+        assert_right(one, LIVE)
+    for _ in range(2):  # the first one puts back what the interrupted one had taken out
+        collect(store, plan_gc(store, min_age_seconds=0))
+    assert sorted(store.keys()) == sorted(key(number) for number in LIVE)
+    assert_right(Store(store.root), LIVE)
 
 
 def test_a_run_is_dead_once_its_manifest_is_gone(store: Store) -> None:

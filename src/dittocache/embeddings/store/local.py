@@ -43,12 +43,14 @@ class LocalRecords:
 
     def _open(self, key: str, path: Path, stack: ExitStack) -> OpenRecord:
         for _ in range(_LOOKS):
+            before = self.packed.snapshot
             for place in (self.packed, self.loose):
                 try:
                     return stack.enter_context(place.opened(key))
                 except FileNotFoundError:
                     continue
-            if not self.packed.refresh():
+            self.packed.refresh()
+            if self.packed.snapshot is before:  # another thread may have loaded the new one
                 break
         descriptor = os.open(self.trash / path.name, os.O_RDONLY | os.O_CLOEXEC)
         stack.callback(os.close, descriptor)
@@ -107,4 +109,5 @@ class LocalRecords:
     def temporaries(self) -> Iterator[Path]:
         """What dead writers left half-written."""
         yield from self.loose.temporaries()
-        yield from abandoned(self.packed.folder)
+        for folder in (self.packed.folder, self.root, self.root / "roots", self.root / "quarantine"):
+            yield from abandoned(folder)

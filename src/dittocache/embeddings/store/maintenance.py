@@ -10,7 +10,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from dittocache.embeddings.store import writer_id
@@ -42,18 +42,21 @@ def maintenance(records: LocalRecords) -> Iterator[Maintenance]:
     written.
     """
     path = records.root / "maintenance.lock"
-    with unavailable(f"the store {records.root} cannot be changed"):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
+    with ExitStack() as stack:
+        with unavailable(f"the store {records.root} cannot be changed"):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            stack.callback(os.close, descriptor)  # and with it the lock
             _lock(descriptor, path)
             _recover(records)
-            try:
-                yield Maintenance(records, descriptor)
-            finally:
-                restore(records)  # of a removal that was stopped in the middle
-            os.ftruncate(descriptor, 0)
+        try:
+            yield Maintenance(records, descriptor)
+        except BaseException:
+            with suppress(OSError):  # the next owner does it
+                restore(records)
+            raise
         finally:
-            os.close(descriptor)  # and with it the lock
+            with suppress(OSError):
+                os.ftruncate(descriptor, 0)
 
 
 def _lock(descriptor: int, path: Path) -> None:

@@ -183,7 +183,11 @@ def adopt_packs(records: LocalRecords) -> int:
             inside, length = read_places(packed.path(name), name)
         except PackDamagedError:
             continue  # `verify` reports it; a packer removes loose records only after their pack was published
-        unknown = [(key, place) for key, place in inside if index.find(key) is None]
+        unknown = [
+            (key, place)
+            for key, place in inside
+            if index.find(key) is None and (key, name) not in packed.snapshot.dropped
+        ]
         if unknown:
             found[name] = length
             places += unknown

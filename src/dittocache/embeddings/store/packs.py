@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -64,16 +65,21 @@ class PackedRecords:
 
     def refresh(self) -> bool:
         """Load the index again if it, or what is dropped from it, has changed; returns whether it had."""
+        old = self._snapshot
         # What is dropped comes first: an entry leaves that list only after an index without it was published.
-        stamp = (_stamp(self.dropped_folder), _stamp(self.index_path))
-        if stamp == self._snapshot.stamp:
+        dropped_stamp, index_stamp = _stamp(self.dropped_folder), _stamp(self.index_path)
+        if (dropped_stamp, index_stamp) == old.stamp:
             return False
         dropped = frozenset(self._dropped())
-        index, rebuilt = self._load()
-        self._snapshot = Snapshot(index, dropped, stamp, rebuilt)
-        for pack in [pack for pack in self._open if pack not in index.packs]:
+        if old.stamp is not None and index_stamp == old.stamp[1]:
+            new = replace(old, dropped=dropped, stamp=(_settled(dropped_stamp), index_stamp))
+        else:
+            index, rebuilt = self._load(dropped)
+            new = Snapshot(index, dropped, (_settled(dropped_stamp), index_stamp), rebuilt)
+        self._snapshot = new
+        for pack in [pack for pack in list(self._open) if pack not in new.index.packs]:
             self._open.pop(pack, None)
-        return True
+        return new.index is not old.index or new.dropped != old.dropped
 
     def find(self, key: str) -> Place | None:
         """Where the record is, as far as this process knows."""
@@ -133,7 +139,7 @@ class PackedRecords:
         descriptor = os.open(self.dropped_folder / f"{key}.{pack}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         os.close(descriptor)
         sync_folder(self.dropped_folder)
-        self.refresh()
+        self._snapshot = replace(self._snapshot, dropped=self._snapshot.dropped | {(key, pack)})
 
     def set_age(self, pack: str, modified: int) -> None:
         """A pack is as old as its youngest record: packing must not hide from gc how old records are."""
@@ -152,7 +158,7 @@ class PackedRecords:
         replace_file(self.index_path, index.to_bytes())
         self.refresh()
 
-    def rebuilt(self) -> tuple[PackIndex, dict[str, str]]:
+    def rebuilt(self, dropped: Collection[tuple[str, str]]) -> tuple[PackIndex, dict[str, str]]:
         """The index as the packs' own headers tell it, and the packs that cannot be read with the reason."""
         packs: dict[str, int] = {}
         places: list[tuple[str, Place]] = []
@@ -166,14 +172,14 @@ class PackedRecords:
                 continue
             else:
                 packs[name] = length
-                places += found
+                places += [(key, place) for key, place in found if (key, name) not in dropped]
         return PackIndex.of(packs, places), damaged
 
-    def _load(self) -> tuple[PackIndex, bool]:
+    def _load(self, dropped: frozenset[tuple[str, str]]) -> tuple[PackIndex, bool]:
         try:
             return PackIndex.from_bytes(self.index_path.read_bytes()), False
         except (FileNotFoundError, IndexDamagedError):
-            index, _ = self.rebuilt()
+            index, _ = self.rebuilt(dropped)
             return index, bool(index.packs)
 
     def _dropped(self) -> Iterator[tuple[str, str]]:
@@ -224,6 +230,11 @@ class _PackFile:
 
 def _is_pack(path: Path) -> bool:
     return is_key(path.name.removesuffix(SUFFIX))
+
+
+def _settled(stamp: Stamp) -> Stamp:
+    """The stamp of a folder, or one that fits nothing while another change might leave the same time of change."""
+    return stamp if not stamp or time.time_ns() - stamp[2] > 1_000_000_000 else (-1,)
 
 
 def _stamp(path: Path) -> Stamp:

@@ -169,7 +169,8 @@ class Store:
         packs or removes records.
         """
         with maintenance(self._local):
-            index, _ = self._local.packed.rebuilt()
+            self._local.packed.refresh()
+            index, _ = self._local.packed.rebuilt(self._local.packed.snapshot.dropped)
             self._local.packed.publish(index)
         return len(index)
 
@@ -184,7 +185,8 @@ class Store:
 
     def _write_layout(self, folder: Path) -> None:
         """Before the first record comes which layout the store has."""
-        if not self._has_layout or not folder.is_dir():  # it may have been cleared meanwhile
-            self.root.mkdir(parents=True, exist_ok=True)
-            replace_file(self.root / LAYOUT_NAME, layout_content())
-            self._has_layout = True
+        if self._has_layout and (folder.is_dir() or (self.root / LAYOUT_NAME).exists()):
+            return  # where the folder is not there, the store may have been cleared meanwhile
+        self.root.mkdir(parents=True, exist_ok=True)
+        replace_file(self.root / LAYOUT_NAME, layout_content())
+        self._has_layout = True

@@ -70,7 +70,7 @@ def verify_store(store: Store, *, threads: int = 4, log: EventLog | None = None)
     started = time.monotonic()
     result = VerifyResult()
     if store.is_local:
-        _, result.damaged_packs = store.local.packed.rebuilt()
+        _, result.damaged_packs = store.local.packed.rebuilt(())
     keys = list(store.keys())
     progress = None if log is None else Progress(log, len(keys))
     for length, bad in _checked(store, keys, threads):
