@@ -143,6 +143,16 @@ def test_a_damaged_file_is_refused_alone(tmp_path: Path, job: Job, damage: str) 
     assert artifacts == {"image_latents", "control_latents"}
 
 
+def test_a_record_that_samples_share_is_found_with_any_of_them(tmp_path: Path, job: Job) -> None:
+    """The same picture under two names has one key; the first file of the two is torn."""
+    job.samples[1].target.write_bytes(job.samples[0].target.read_bytes())
+    write_musubi(tmp_path / "musubi", job.samples, job.expected())
+    (tmp_path / "musubi/sample-0_0008x0008_qie.safetensors").write_bytes(b"torn")
+    result = run(job, tmp_path / "musubi")
+    assert refused(result).popitem()[1] == {"control_latents"}
+    assert torch.equal(job.stored()["sample-0"]["image_latents"], job.expected()["sample-0"]["image_latents"])
+
+
 def test_values_that_are_not_finite_are_refused(tmp_path: Path, job: Job) -> None:
     write_musubi(tmp_path / "musubi", job.samples, job.expected())
     file = tmp_path / "musubi/sample-1_qie_te.safetensors"
