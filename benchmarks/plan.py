@@ -19,6 +19,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,10 @@ def main() -> None:
     wanted = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="dittocache-plan-", dir=wanted.folder))
     try:
+        print(f"{wanted.samples:,} samples; seconds of one process\n")
         report = {
             "date": datetime.now().isoformat(timespec="seconds"),
-            "machine": describe_machine(),
+            "machine": asdict(describe_machine()),
             "samples": wanted.samples,
             "plans": measure(folder, wanted.samples, wanted.rounds),
         }
@@ -83,7 +85,6 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / "plan.jsonl").open("a") as results:
         results.write(json.dumps(report) + "\n")
-    print(table(report))
 
 
 def measure(folder: Path, samples: int, rounds: int) -> list[dict[str, Any]]:
@@ -93,7 +94,7 @@ def measure(folder: Path, samples: int, rounds: int) -> list[dict[str, Any]]:
     probe = Sample("probe", folder / "t", (folder / "c",), "", (64, 64))
     get_family(FAMILY).artifacts(probe, SIZES, lambda _: (8, 8))  # imports diffusers' pipeline
     time.sleep(3)  # files that were changed just now are read again by the next plan
-    found = [{"plan": "first, empty store", **plan_once(folder)}]
+    found = [show({"plan": "first, empty store", **plan_once(folder)})]
     fill_store(folder)
     for store in ("loose", "packed"):
         found += plans_of(folder, store, samples, rounds)
@@ -108,8 +109,8 @@ def plans_of(folder: Path, store: str, samples: int, rounds: int) -> list[dict[s
     change_some(folder / "set", samples, store)
     changed = plan_once(folder)
     return [
-        {"plan": f"unchanged, {store}", **unchanged},
-        {"plan": f"{CHANGED} changed, {store}", **changed},
+        show({"plan": f"unchanged, {store}", **unchanged}),
+        show({"plan": f"{CHANGED} changed, {store}", **changed}),
     ]
 
 
@@ -214,13 +215,12 @@ def parts_timed(seconds: dict[str, float]) -> Iterator[None]:
             setattr(owner, attribute, function)
 
 
-def table(report: dict[str, Any]) -> str:
-    """The report as text."""
-    lines = [f"{report['samples']:,} samples; seconds of one process", ""]
-    for one in report["plans"]:
-        lines.append(f"{one['plan']:<24}{one['seconds']:8.2f}   {one['hits']:,} hits, {one['misses']:,} misses")
-        lines += [f"    {name:<32}{value:8.2f}" for name, value in one["parts"].items() if value >= 0.005]
-    return "\n".join(lines)
+def show(found: dict[str, Any]) -> dict[str, Any]:
+    """Print one plan's seconds as soon as they are known."""
+    print(f"{found['plan']:<36}{found['seconds']:8.2f}   {found['hits']:,} hits, {found['misses']:,} misses")
+    for name, value in found["parts"].items():
+        print(f"    {name:<32}{value:8.2f}", flush=True)
+    return found
 
 
 if __name__ == "__main__":

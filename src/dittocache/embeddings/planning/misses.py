@@ -97,6 +97,14 @@ class Misses(Sequence[Miss]):
 
     __hash__ = None  # type: ignore[assignment]
 
+    def by_row(self) -> Iterator[tuple[int, list[int]]]:
+        """The samples that miss a record, by their numbers in the table, each with the numbers of those artifacts."""
+        rows = self._table.sample_of_key[self._positions]
+        artifacts = self._positions - self._table.key_starts[rows]
+        starts = np.flatnonzero(np.diff(rows, prepend=-1))
+        for row, numbers in zip(rows[starts].tolist(), np.split(artifacts, starts[1:]), strict=False):
+            yield row, numbers.tolist()
+
     @property
     def stale(self) -> list[Miss]:
         """Those for which an earlier record exists that no longer fits."""

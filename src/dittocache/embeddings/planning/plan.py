@@ -17,7 +17,8 @@ from dittocache.data.folder import save_memory
 from dittocache.data.folder_samples import FolderSamples
 from dittocache.data.sample import Sample
 from dittocache.data.snapshot import Snapshot
-from dittocache.embeddings.planning.identity import encoder_identity
+from dittocache.embeddings.planning.estimate import BytesEstimate, estimate_bytes
+from dittocache.embeddings.planning.identity import encoder_identity, model_folder
 from dittocache.embeddings.planning.keyindex import StoredRecords
 from dittocache.embeddings.planning.keys import KeyMaker
 from dittocache.embeddings.planning.keytable import KeyTable, Row
@@ -26,12 +27,14 @@ from dittocache.embeddings.planning.manifest import Manifest
 from dittocache.embeddings.planning.memory import plan_folder
 from dittocache.embeddings.planning.misses import ABSENT, NEW, Miss, Misses, find_misses
 from dittocache.embeddings.planning.needs import Need, Needs
+from dittocache.embeddings.planning.rates import Forecast, Rates
 from dittocache.embeddings.planning.report import describe, plan_as_dict
 from dittocache.embeddings.recipe import Recipe
 from dittocache.embeddings.store.storage import Storage
 from dittocache.embeddings.store.store import Store
-from dittocache.errors import DataError, StoreUnavailableError
+from dittocache.errors import DataError, DittocacheError, StoreUnavailableError
 from dittocache.families.base import Batching, Family, Sizes
+from dittocache.families.estimates import size_estimator
 
 __all__ = ["ABSENT", "NEW", "Miss", "Need", "Plan", "make_plan"]
 
@@ -52,6 +55,7 @@ class Plan:
         orphans: records in the store that the previous manifest used and this one does not.
         snapshot: the content digests that the keys stand for.
         notes: what the user should know besides.
+        forecast: what is needed to tell how many bytes and seconds are still to come.
     """
 
     manifest: Manifest
@@ -67,6 +71,7 @@ class Plan:
     snapshot: Snapshot
     notes: Sequence[str] = ()
     batching: Batching = "exact"
+    forecast: Forecast = Forecast()
 
     @property
     def hits(self) -> int:
@@ -87,6 +92,36 @@ class Plan:
     def bytes_stored(self) -> int:
         """Bytes of the records that are needed and there."""
         return self.stored.bytes
+
+    @cached_property
+    def bytes_to_write(self) -> BytesEstimate | None:
+        """About how many bytes the missing records will take; None where the family or checkpoint cannot tell."""
+        estimator = self.forecast.estimator
+        if estimator is None:
+            return None
+        try:
+            return estimate_bytes(
+                self.forecast.samples,
+                self.manifest.table,
+                self.missed,
+                estimator,
+                self.sizes,
+                self.dtype,
+                self.snapshot.size,
+            )
+        except (DittocacheError, OSError, ValueError):
+            return None  # a guess is not worth a failure; encoding says what is wrong with the checkpoint
+
+    @cached_property
+    def seconds_to_encode(self) -> Mapping[str, float | None]:
+        """About how long each encoder that has work will take on its device; None where that was never measured."""
+        found = {}
+        for encoder in self.needs:
+            count = 0 if encoder is None else len(self.missing(encoder))
+            if encoder is not None and count:
+                each = self.forecast.seconds_per_sample(encoder, self.dtype, self.sizes)
+                found[encoder] = None if each is None else each * count
+        return found
 
     @cached_property
     def _present(self) -> npt.NDArray[np.bool_]:
@@ -140,6 +175,8 @@ def make_plan(
     previous: Manifest | None = None,
     storage: Storage = NATIVE,
     batching: Batching = "exact",
+    rates: Rates | None = None,
+    devices: Mapping[str, str] | None = None,
 ) -> Plan:
     """Work out every key of a data set and look up which records are there; no model is loaded, no picture decoded.
 
@@ -149,6 +186,8 @@ def make_plan(
         previous: the manifest of an earlier run; with it the plan says why records are stale.
         storage: the form in which records are stored.
         batching: `together` where samples are to pass an encoder together; see `Family.encode`.
+        rates: how long earlier encodings took, for the time needed.
+        devices: where each encoder will run; `cpu` where it is not named.
 
     Raises DataError listing all samples that the family cannot use and all files that cannot be read, ModelError when
     the checkpoint is missing or incomplete.
@@ -187,6 +226,13 @@ def make_plan(
         snapshot=snapshot,
         notes=notes,
         batching=batching,
+        forecast=Forecast(
+            samples,
+            size_estimator(family.name, model_folder(model)),
+            rates,
+            {encoder: identity["class"][1] for encoder, identity in identities.items()},
+            dict(devices or {}),
+        ),
     )
 
 
