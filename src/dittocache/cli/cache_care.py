@@ -5,13 +5,14 @@ from __future__ import annotations
 import json as json_text
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from cyclopts import App, Parameter
 from rich.prompt import Confirm
 
-from dittocache.cli.shared import ConfigFile, Flag, load_settings, say
+from dittocache.cli.shared import ConfigFile, Flag, Overrides, load_settings, say
 from dittocache.errors import ConfigError
 from dittocache.events import EventLog
 from dittocache.jobs.terminal import TerminalListener
@@ -31,7 +32,7 @@ class Findings(Protocol):
         ...
 
 
-def verify(*, config: ConfigFile = None, cache_dir: CacheDir = None, json: Flag = False) -> None:
+def verify(*settings: Overrides, config: ConfigFile = None, cache_dir: CacheDir = None, json: Flag = False) -> None:
     """Read every record and prove it by its checksum. Bad ones go to quarantine; the next caching makes them anew.
 
     Ends with exit code 1 when something was bad.
@@ -44,10 +45,12 @@ def verify(*, config: ConfigFile = None, cache_dir: CacheDir = None, json: Flag 
         The cache itself, a folder or URL, in place of a run.
     json
         Print JSON for programs instead of words.
+    settings
+        With a run: any setting, such as `--cache.cache_dir other`.
     """
     from dittocache.embeddings.store.verification import verify_store
 
-    store = _store(config, cache_dir)
+    store = _store(config, cache_dir, settings)
     with TerminalListener() as listener:
         found = verify_store(store, log=_log("verify", listener))
     _say(found, json)
@@ -55,7 +58,7 @@ def verify(*, config: ConfigFile = None, cache_dir: CacheDir = None, json: Flag 
         sys.exit(1)
 
 
-def pack(*, config: ConfigFile = None, cache_dir: CacheDir = None, json: Flag = False) -> None:
+def pack(*settings: Overrides, config: ConfigFile = None, cache_dir: CacheDir = None, json: Flag = False) -> None:
     """Gather the records in files of 256 MB: fewer files, faster to read and to copy. Runs may go on meanwhile.
 
     Parameters
@@ -66,17 +69,19 @@ def pack(*, config: ConfigFile = None, cache_dir: CacheDir = None, json: Flag = 
         The cache itself, in place of a run.
     json
         Print JSON for programs instead of words.
+    settings
+        With a run: any setting, such as `--cache.cache_dir other`.
     """
     from dittocache.embeddings.store.packing import pack_records
 
-    store = _store(config, cache_dir)
+    store = _store(config, cache_dir, settings)
     with TerminalListener() as listener:
         done = pack_records(store, log=_log("pack", listener))
     _say(done, json)
 
 
 def gc(
-    *,
+    *settings: Overrides,
     config: ConfigFile = None,
     cache_dir: CacheDir = None,
     min_age_hours: float = 1.0,
@@ -97,12 +102,14 @@ def gc(
         Remove without asking; without it and without a terminal to ask in, nothing is removed.
     json
         Print JSON for programs instead of words; removes only with --yes.
+    settings
+        With a run: any setting, such as `--cache.cache_dir other`.
     """
     from dittocache.embeddings.store.gc import collect, plan_gc
 
     if min_age_hours < 0:
         raise ConfigError(f"--min-age-hours: found {min_age_hours}; expected 0 or more")
-    store = _store(config, cache_dir)
+    store = _store(config, cache_dir, settings)
     found = plan_gc(store, min_age_seconds=min_age_hours * 3600)
     if not (json and yes):
         _say(found, json)
@@ -114,7 +121,13 @@ def gc(
         _say(done, json)
 
 
-def clear(*, config: ConfigFile = None, cache_dir: CacheDir = None, yes: Flag = False, json: Flag = False) -> None:
+def clear(
+    *settings: Overrides,
+    config: ConfigFile = None,
+    cache_dir: CacheDir = None,
+    yes: Flag = False,
+    json: Flag = False,
+) -> None:
     """Remove the whole cache, whoever uses it. Shows what and how much first, and asks; foreign files stay.
 
     Parameters
@@ -127,10 +140,12 @@ def clear(*, config: ConfigFile = None, cache_dir: CacheDir = None, yes: Flag = 
         Remove without asking; without it and without a terminal to ask in, nothing is removed.
     json
         Print JSON for programs instead of words; removes only with --yes.
+    settings
+        With a run: any setting, such as `--cache.cache_dir other`.
     """
     from dittocache.embeddings.store import clearing
 
-    store = _store(config, cache_dir)
+    store = _store(config, cache_dir, settings)
     found = clearing.plan_clear(store)
     if not (json and yes):
         _say(found, json)
@@ -140,14 +155,17 @@ def clear(*, config: ConfigFile = None, cache_dir: CacheDir = None, yes: Flag = 
 
 
 def inspect(
-    what: str | None = None, *, config: ConfigFile = None, cache_dir: CacheDir = None, json: Flag = False
+    *words: Overrides,
+    config: ConfigFile = None,
+    cache_dir: CacheDir = None,
+    json: Flag = False,
 ) -> None:
     """Say what one record is and what it was made from; without a key, what the cache holds in numbers.
 
     Parameters
     ----------
-    what
-        A record's key (32 hex digits) or file.
+    words
+        A record's key (32 hex digits) or file; then, with a run, any setting, such as `--cache.cache_dir other`.
     config
         A run that uses the cache.
     cache_dir
@@ -157,9 +175,10 @@ def inspect(
     """
     from dittocache.embeddings.store import inspection
 
-    store = _store(config, cache_dir)
-    if what is not None:
-        say(json_text.dumps(inspection.inspect(store, what), indent=2))
+    record = [] if not words or words[0].startswith("--") else [words[0]]
+    store = _store(config, cache_dir, words[len(record) :])
+    if record:
+        say(json_text.dumps(inspection.inspect(store, record[0]), indent=2))
         return
     with TerminalListener() as listener:
         found = inspection.statistics(store, log=_log("inspect", listener))
@@ -172,14 +191,16 @@ def add_to(app: App) -> None:
         app.command(command)
 
 
-def _store(config: Path | None, cache_dir: str | None) -> Any:
+def _store(config: Path | None, cache_dir: str | None, settings: Sequence[str]) -> Any:
     """The store of a run or at a place; raises ConfigError when neither or both are given, or nothing is there."""
     from dittocache.embeddings.store.location import location
     from dittocache.embeddings.store.store import Store
 
     if (config is None) == (cache_dir is None):
         raise ConfigError("give either --cache-dir DIR, the cache, or --config FILE, a run that uses it")
-    place = location(cache_dir) if cache_dir is not None else load_settings(config, ()).cache.cache_dir
+    place = location(cache_dir) if cache_dir is not None else load_settings(config, settings).cache.cache_dir
+    if cache_dir is not None and settings:
+        raise ConfigError(f"settings such as {settings[0]} belong to --config FILE; --cache-dir stands alone")
     if isinstance(place, Path) and not place.is_dir():
         raise ConfigError(f"there is no cache {place}; `dittocache cache --config FILE` makes one")
     return Store(place)
