@@ -32,7 +32,7 @@ class Source(Protocol):
 
 
 class Reader(Protocol):
-    """What a source needs of the embedding cache: `embeddings.reader.CachedSamples`."""
+    """What a source needs of the embedding cache: `embeddings.reading.reader.CachedSamples`."""
 
     @property
     def names(self) -> Sequence[str]:
