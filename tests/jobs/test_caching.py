@@ -15,10 +15,13 @@ from tests.jobs.conftest import draw_set
 from dittocache.config import RunConfig, check_config, save_config
 from dittocache.embeddings.store import roots
 from dittocache.embeddings.store.store import Store
+from dittocache.errors import ConfigError
 from dittocache.events import EventLog, read_events
+from dittocache.jobs import worker_processes
 from dittocache.jobs.cache_removal import remove_cache
 from dittocache.jobs.caching import cache_latents, cache_text, encode_beside, settings_for_ray
 from dittocache.jobs.inputs import RunInputs, load_manifest
+from dittocache.jobs.worker_processes import WorkerProcesses
 
 Play = Callable[[dict[str, Any]], str]
 RECORDS = 25  # four samples: two latents and four prompt embeddings each, one plain fact that all share
@@ -80,6 +83,13 @@ def test_everything_is_encoded_again_and_replaced_where_existing_is_not_skipped(
     assert all(after[key] > before[key] for key in before)
     cached(again)  # not only the first time
     assert all(records(config)[key] > after[key] for key in after)
+
+
+def test_encoding_again_in_a_group_of_ranks_is_refused(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"skip_existing is false in a group of 2 processes.*cache\.workers"):
+        cached(check_config(config.model_dump(), {"cache.skip_existing": False}))
 
 
 def test_two_real_processes_share_the_work(config: RunConfig) -> None:
@@ -161,31 +171,50 @@ def test_what_a_ray_actor_does_encodes_and_leaves_the_run_folder_alone(config: R
     assert [path.name for path in config.run_dir.iterdir()] == ["workers"]
 
 
-def test_two_ranks_of_torchrun_cache_one_set_together(config: RunConfig, tmp_path: Path) -> None:
-    save_config(config, tmp_path / "config.yaml")
-    command = [sys.executable, "-m", "dittocache.main", "--config", str(tmp_path / "config.yaml"), "--cache"]
-    group = {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=110)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], said
+def test_two_ranks_of_torchrun_cache_one_set_together(config: RunConfig) -> None:
+    cache_latents(RunInputs(config, config.run_dir), EventLog(config.run_dir / "events.jsonl", "cache_latents"))
+    folders = [config.run_dir, config.run_dir / "workers" / "rank-1"]
+    ranks = []
+    for rank, folder in enumerate(folders):
+        save_config(config, folder / "config.yaml")
+        group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "dittocache.jobs.stage", "cache_text", "--run-dir", str(folder)]
+        ranks.append(subprocess.Popen(command, env={**os.environ, **group}))
+    assert [process.wait(100) for process in ranks] == [0, 0]
     assert isinstance(config.cache.cache_dir, Path)
     manifest = load_manifest(RunInputs(config, config.run_dir))
     assert len(manifest.samples) == 4
     assert len(Store(config.cache.cache_dir).sizes(manifest.keys)) == RECORDS
-    helper = list(read_events(config.run_dir / "workers" / "rank-1" / "events.jsonl"))
-    assert helper[-1]["kind"] == "stage_finished" and helper[-1]["stage"] == "workflow"
-    first = list(read_events(config.run_dir / "events.jsonl"))
-    assert {event["pid"] for event in first if event["kind"] == "stage_started"}.isdisjoint(
-        event["pid"] for event in helper if event["kind"] == "stage_started"
-    )
-    encoded = sum(event["encoded"] for event in (*first, *helper) if event["kind"] == "result" and "encoded" in event)
-    assert encoded == RECORDS, "a record was encoded twice, or not counted"
+    assert not (folders[1] / "manifest.json").exists()
+    events = [event for folder in folders for event in read_events(folder / "events.jsonl")]
+    encoded = [event["encoded"] for event in events if event["kind"] == "result" and event["stage"] == "cache_text"]
+    assert len(encoded) == 2 and sum(encoded) == 16, "a record was encoded twice, or not counted"
+
+
+def test_workers_are_not_left_behind(config: RunConfig, play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    (config.run_dir / "workers").mkdir(parents=True)
+    player = play({"cache_latents": {"seconds": 60, "deaf": True}})
+    Path(player).with_name("scenario.json").rename(config.run_dir / "workers" / "scenario.json")
+    monkeypatch.setattr(sys, "executable", player)
+    monkeypatch.setattr(worker_processes, "_SECONDS_TO_END", 0.1)
+    log = EventLog(config.run_dir / "events.jsonl", "cache_latents")
+    with pytest.raises(KeyboardInterrupt), WorkerProcesses("cache_latents", config, config.run_dir, 2, log) as workers:
+        raise KeyboardInterrupt
+    assert all(worker.process.returncode == -9 for worker in workers._workers)
+
+
+@pytest.mark.enable_socket
+@pytest.mark.timeout(300)
+def test_ray_actors_cache_a_set_and_the_stage_counts_what_they_did(config: RunConfig) -> None:
+    ray = pytest.importorskip("ray")
+    path = {"PYTHONPATH": ":".join(path for path in sys.path if path)}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": path})
+    config = check_config(config.model_dump(), {"cache.workers": 2, "cache.runner": "ray"})
+    try:
+        cached(config)
+    finally:
+        ray.shutdown()
+    assert len(records(config)) == RECORDS
+    assert sum(event["encoded"] for event in events_of(config, "result")) == RECORDS
+    assert not [event for event in events_of(config, "message") if event["level"] == "warning"]
+    assert not [event for event in events_of(config, "message") if "loading" in event["text"]]  # the actors did

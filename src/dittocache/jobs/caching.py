@@ -27,7 +27,7 @@ from dittocache.embeddings.encoding.shard_worker import ShardWorker, open_leases
 from dittocache.embeddings.encoding.stopping import HeldSignals
 from dittocache.embeddings.planning.plan import Plan
 from dittocache.embeddings.store import roots
-from dittocache.errors import CacheError
+from dittocache.errors import CacheError, ConfigError
 from dittocache.events import EventLog, Progress
 from dittocache.jobs.cache_removal import note_cached
 from dittocache.jobs.inputs import (
@@ -82,8 +82,13 @@ def _registered_plan(inputs: RunInputs) -> Plan:
 def _encode(inputs: RunInputs, plan: Plan, encoders: Sequence[str | None], log: EventLog) -> dict[str, Any]:
     """Encode with one encoder after the other, beside the other workers, and report the sum."""
     cache = inputs.config.cache
+    if not cache.skip_existing and inputs.rank.count > 1:
+        raise ConfigError(
+            f"cache.skip_existing is false in a group of {inputs.rank.count} processes, each of which would encode "
+            "everything again; start one process, with cache.workers for more on this machine"
+        )
     started = time.monotonic()
-    total = EncodeResult(reused=_reused(plan, encoders) if cache.skip_existing else 0)
+    total = EncodeResult(reused=plan.hits_of(encoders) if cache.skip_existing else 0)
     with ExitStack() as opened:
         others: WorkerProcesses | None = None
         leases = open_leases(inputs.store, cache.lease_seconds, log)
@@ -224,10 +229,6 @@ def _marks(inputs: RunInputs, stage: str) -> Path:
 def _decoders(cache: CacheConfig) -> int:
     """Processes that decode ahead for one of the workers, which share the cores."""
     return min(cache.num_workers, (os.cpu_count() or 1) // cache.workers)
-
-
-def _reused(plan: Plan, encoders: Sequence[str | None]) -> int:
-    return sum(key in plan.stored for key in records_of(plan, encoders))
 
 
 def _share_cores(workers: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.synchronize import Barrier
@@ -16,9 +17,12 @@ from tests.embeddings.toy_family import ENCODERS, Job, make_job
 from tests.embeddings.workers.shared_work import times_encoded, work, worker
 
 from dittocache.embeddings.encoding.leases import FOLDER, Leases
+from dittocache.embeddings.encoding.result import EncodeResult
+from dittocache.embeddings.encoding.session import EncoderSession
 from dittocache.embeddings.encoding.shards import make_shards
+from dittocache.embeddings.planning.plan import Need
 from dittocache.embeddings.store import writer_id
-from dittocache.events import read_events
+from dittocache.events import EventLog, read_events
 
 ELSEWHERE = "0123456789ab-4711"
 
@@ -143,6 +147,52 @@ def test_a_sample_that_shares_a_record_with_a_broken_one_makes_it(job: Job, leas
     vae, _ = worker(job, "vae", leases)
     vae.run()
     assert {sample.name for sample in job.plan().missing("vae")} == {"broken"}
+
+
+def test_encoding_again_replaces_every_record_once_however_many_workers_there_are(job: Job, leases: Leases) -> None:
+    work(job)
+    before = {path: path.stat().st_mtime_ns for path in job.store.root.glob("objects/*/*.safetensors")}
+    again = job.folder / "again"
+    for encoder in ENCODERS:
+        for _ in range(2):
+            worker(job, encoder, leases, again=again)[0].run()
+    assert all(path.stat().st_mtime_ns > written for path, written in before.items())
+    assert set(times_encoded(job).values()) == {2}
+    assert_all_cached(job)
+
+
+def test_a_shard_that_was_not_finished_is_not_counted_as_encoded_again(job: Job, leases: Leases) -> None:
+    work(job)
+    stopped, session = worker(job, "vae", leases, again=job.folder / "again")
+    encode, calls = session.encode, []
+
+    def stop_in_the_second_shard(needs: Sequence[Need]) -> EncodeResult:
+        calls.append(needs)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(needs)
+
+    session.encode = stop_in_the_second_shard  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    assert list(leases.folder.glob("[!.]*")) == []  # given back
+    rest, session = worker(job, "vae", leases, again=job.folder / "again")
+    rest.run()
+    assert len(session.asked) == 2  # of three shards
+
+
+def test_progress_counts_every_sample_whoever_encoded_it(job: Job, leases: Leases) -> None:
+    [first, *_] = make_shards(job.plan().needs["vae"], job.batch_size)
+    plan = job.plan()
+    worker(job, "vae", leases)[1].encode(first.needs)
+    late, _ = worker(job, "vae", leases, plan)
+    late._session = EncoderSession(
+        plan, "vae", job.family, "cpu", job.store, EventLog(Path(os.devnull), "x"), progress=late._progress
+    )
+    with late._session:
+        late.run()
+    assert (late._progress.done, late._progress.total) == (6, 6)
+    assert job.plan().missing("vae") == []
 
 
 def test_without_leases_everything_is_encoded_all_the_same(job: Job) -> None:
