@@ -92,6 +92,8 @@ def test_clearing_removes_the_store_and_nothing_else(store: Store, tmp_path: Pat
     (tmp_path / "run").mkdir()
     register(store, tmp_path / "run" / "manifest.json", [key(1)])
     (store.local.loose.path(key(15)).parent / f".{key(15)}.0123456789ab-1.aa.tmp").write_bytes(b"half")
+    (store.root / "leases").mkdir()
+    (store.root / "leases" / "vae-0003.0").write_text("0123456789ab-1")
     foreign = [store.root / name for name in ("notes.txt", "objects/ab.txt", "packs/mine.safetensors", "roots/x/y")]
     for path in foreign:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -28,11 +28,22 @@ _LAYOUT = tuple(
         ("trash", rf"{_KEY}\.safetensors"),
         ("quarantine", rf"{_KEY}\.\d+\.safetensors|\..*\.tmp"),
         ("roots", rf"{_KEY}\.root|\..*\.tmp"),
+        ("leases", r"\.clock\..+|.+\.\d+"),
         (".", r"content-index\.json|\..*\.tmp"),
         (".", rf"{re.escape(LAYOUT_NAME)}|maintenance\.lock"),
     )
 )
-_FOLDERS = ("objects/[0-9a-f][0-9a-f]", "objects", "packs/dropped", "packs", "trash", "quarantine", "roots", ".")
+_FOLDERS = (
+    "objects/[0-9a-f][0-9a-f]",
+    "objects",
+    "packs/dropped",
+    "packs",
+    "trash",
+    "quarantine",
+    "roots",
+    "leases",
+    ".",
+)
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,8 @@ class LocalRecords:
         found = self.packed.sizes(listed)
         if not found:
             return self.loose.sizes(keys)
+        if len(found) == len(listed):
+            return found
         return found | self.loose.sizes([key for key in listed if key not in found])
 
     def keys(self) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,26 +82,30 @@ class LooseRecords:
         Of many only the folders are listed, which does not show that; reading such a record does.
         """
         if len(keys) >= LISTING_FROM:
-            return self._listed(keys if isinstance(keys, (set, frozenset, dict)) else set(keys))
+            return self._listed(keys)
         found = {}
         for key in keys:
             with suppress(FileNotFoundError, RecordCorruptError), self.opened(key) as record:
                 found[key] = parse_header(read_header(record), record.length).end
         return found
 
-    def _listed(self, wanted: Collection[str]) -> dict[str, int]:
+    def _listed(self, keys: Iterable[str]) -> dict[str, int]:
         found: dict[str, int] = {}
-        prefixes = {key[:2] for key in wanted}
+        wanted: dict[str, set[str]] = {}  # one small set a folder is faster than a large one for all
+        for key in keys:
+            wanted.setdefault(key[:2], set()).add(key + SUFFIX)
         for folder in self._folders():
-            if folder.name not in prefixes:
+            names = wanted.get(folder.name)
+            if names is None:
                 continue
             with os.scandir(folder) as entries:
                 for entry in entries:  # hundreds of thousands: nothing here that is not needed
                     name = entry.name
-                    key = name[:_KEY_LENGTH]
-                    if key in wanted and name[_KEY_LENGTH:] == SUFFIX:
-                        with suppress(FileNotFoundError):  # taken out meanwhile
-                            found[key] = entry.stat().st_size
+                    if name in names:
+                        try:  # noqa: SIM105
+                            found[name[:_KEY_LENGTH]] = entry.stat().st_size
+                        except FileNotFoundError:
+                            pass  # taken out meanwhile
         return found
 
     def files(self) -> Iterator[LooseFile]:

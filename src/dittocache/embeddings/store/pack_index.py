@@ -19,6 +19,7 @@ import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,7 @@ from dittocache.errors import CacheError
 MAGIC = b"DITTOIX2"
 _HEAD = struct.Struct("<8sQQQQ")
 _ROW_BYTES = 4 * 8 + 4
+_LOW = (1 << 64) - 1
 
 Numbers = npt.NDArray[np.uint64]
 
@@ -100,15 +102,21 @@ class PackIndex:
 
     def find(self, key: str) -> Place | None:
         """Where the record of a key is."""
-        rows = self.rows([key])
-        return None if rows[0] < 0 else self.place(int(rows[0]))
+        number = int(key, 16)
+        high, low = np.uint64(number >> 64), np.uint64(number & _LOW)
+        row = int(self.high.searchsorted(high))
+        while row < len(self.high) and self.high[row] == high:  # keys that share a first half stand side by side
+            if self.low[row] == low:
+                return self.place(row)
+            row += 1
+        return None
 
     def place(self, row: int) -> Place:
         """Where the record of a row is."""
         name = self._names[int(self.number[row])]
         return Place(name, int(self.offset[row]), int(self.length[row]))
 
-    @property
+    @cached_property
     def _names(self) -> list[str]:
         return list(self.packs)
 
@@ -148,10 +156,11 @@ class PackIndex:
     def without_packs(self, names: set[str]) -> PackIndex:
         """Without some packs and their records."""
         kept = {name: length for name, length in self.packs.items() if name not in names}
+        new_numbers = {name: number for number, name in enumerate(kept)}
         renumbered = np.full(max(len(self.packs), 1), -1, dtype=np.int64)
         for number, name in enumerate(self.packs):
             if name in kept:
-                renumbered[number] = list(kept).index(name)
+                renumbered[number] = new_numbers[name]
         selected = self.select(renumbered[self.number] >= 0)
         return PackIndex(
             kept,

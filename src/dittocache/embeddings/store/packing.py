@@ -97,7 +97,8 @@ class _Packer:
         self._held = held
         self._result = result
         self._index: PackIndex = self._records.packed.snapshot.index
-        self._written: list[_Source] = []  # in packs that the published index does not name yet
+        # Loose files whose records are in packs that the published index does not name yet, as they were when read.
+        self._written: dict[str, os.stat_result] = {}
         self._packs: dict[str, int] = {}
         self._places: list[tuple[str, Place]] = []
 
@@ -115,7 +116,7 @@ class _Packer:
         self._records.packed.set_age(name, max(source.status.st_mtime_ns for source in sources))
         self._packs[name] = length
         self._places += places
-        self._written += sources
+        self._written |= {source.packed.header.key: source.status for source in sources}
         self._result.packs += 1
         self._result.records += len(sources)
         self._result.bytes_packed += sum(len(source.packed.content) for source in sources)
@@ -128,9 +129,9 @@ class _Packer:
             return
         self._index = self._index.with_packs(self._packs, self._places)
         self._records.packed.publish(self._index)
-        for source in self._written:
-            self._remove(source.packed.header.key, source.status)
-        self._written, self._packs, self._places = [], {}, []
+        for key, status in self._written.items():
+            self._remove(key, status)
+        self._written, self._packs, self._places = {}, {}, []
 
     def _is_packed(self, key: str) -> bool:
         place = self._records.packed.find(key)

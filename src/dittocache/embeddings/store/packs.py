@@ -114,10 +114,10 @@ class PackedRecords:
         ends = index.offset[hits] + index.length[hits]
         lengths = self._pack_lengths(list(index.packs), np.unique(index.number[hits]).tolist())
         whole = ends <= lengths[index.number[hits]]
-        sizes = {
-            keys[position]: length
-            for position, length in zip(found[whole].tolist(), index.length[hits][whole].tolist(), strict=True)
-        }
+        if not whole.all():
+            found, hits = found[whole], hits[whole]
+        present = keys if len(found) == len(keys) else [keys[position] for position in found.tolist()]
+        sizes = dict(zip(present, index.length[hits].tolist(), strict=True))
         for key, pack in snapshot.dropped:
             place = index.find(key) if key in sizes else None
             if place is not None and place.pack == pack:
@@ -196,7 +196,7 @@ class PackedRecords:
         lengths = np.zeros(len(names), dtype=np.uint64)
         for number in needed:
             with suppress(FileNotFoundError):
-                lengths[number] = os.stat(self.path(names[number])).st_size
+                lengths[number] = os.stat(f"{self.folder}/{names[number]}{SUFFIX}").st_size
         return lengths
 
     def _opened_pack(self, name: str) -> _PackFile:
