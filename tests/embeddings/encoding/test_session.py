@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from tests.embeddings.toy_family import Job, ToyFamily, picture
 
 from dittocache.embeddings.encoding.decode import PictureFeed
 from dittocache.embeddings.encoding.session import EncoderSession, EncodeSettings
+from dittocache.embeddings.planning.rates import Forecast, Rates
 from dittocache.embeddings.store.storage import Storage
 from dittocache.errors import CacheError, ModelError
 from dittocache.events import EventLog, Progress, read_events
@@ -169,3 +171,20 @@ def test_the_cost_of_fp8_is_said_at_the_end(job: Job) -> None:
 def test_an_unknown_encoder_is_refused(job: Job) -> None:
     with pytest.raises(ModelError, match="no encoder 'text_encoder_2'"):
         session_of(job, "text_encoder_2")
+
+
+def test_the_next_plan_learns_how_long_a_sample_took(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = Rates(job.folder / "rates.json")
+    load = ToyFamily.load_pipeline
+
+    def slowly(self: ToyFamily, *arguments: Any) -> Any:
+        time.sleep(0.4)
+        return load(self, *arguments)
+
+    monkeypatch.setattr(ToyFamily, "load_pipeline", slowly)
+    job.seconds = 0.01
+    plan = replace(job.plan(), forecast=Forecast(rates=rates, classes={"vae": "Vae"}))
+    with session_of(job, plan=plan) as session:
+        session.encode(plan.work("vae"))
+    seconds = rates.seconds_per_sample("Vae", "bfloat16", "cpu", job.sizes.resolution)
+    assert seconds is not None and 0.01 <= seconds < (0.4 + 6 * 0.01) / 6, "loading does not count"

@@ -55,7 +55,7 @@ def encode_missing(
     started = time.monotonic()
     settings = EncodeSettings(batch_size, num_workers, skip_existing)
     work = {encoder: _work(plan, encoder, skip_existing) for encoder in encoders}
-    result = EncodeResult(reused=_reused(plan, encoders) if skip_existing else 0)
+    result = EncodeResult(reused=plan.hits_of(encoders) if skip_existing else 0)
     if any(work.values()):
         store.sweep()
     with HeldSignals() as signals:
@@ -72,7 +72,3 @@ def encode_missing(
 def _work(plan: Plan, encoder: str | None, skip_existing: bool) -> list[Need]:
     return plan.work(encoder) if skip_existing else list(plan.needs.get(encoder, ()))
 
-
-def _reused(plan: Plan, encoders: Sequence[str | None]) -> int:
-    keys = {key for encoder in encoders for need in plan.needs.get(encoder, ()) for key in need.keys.values()}
-    return sum(key in plan.stored for key in keys)

@@ -25,7 +25,7 @@ from dittocache.embeddings.encoding.tasks import Task, bucket_of, in_order, make
 from dittocache.embeddings.encoding.writing import NewRecord, RecordWriter, WrittenBatch
 from dittocache.embeddings.planning.plan import Need, Plan
 from dittocache.embeddings.store.store import Store
-from dittocache.errors import CacheError, DataError, ModelError
+from dittocache.errors import CacheError, DataError, ModelError, StoreUnavailableError
 from dittocache.events import EventLog, Progress
 from dittocache.families.base import Family, Tensors
 from dittocache.families.pictures import PictureRequest, open_picture
@@ -91,7 +91,10 @@ class EncoderSession:
         self._failed: set[str] = set()
         self._tiled: set[Any] = set()  # buckets whose pictures do not fit into memory whole
         self._costs = StorageCosts()
+        self._samples = 0
+        self._seconds = 0.0  # of encoding, the loading of the encoder left out
         self._pipe: Any = None
+        self._loading_seconds = 0.0
         self._open = ExitStack()
 
     def __enter__(self) -> EncoderSession:
@@ -112,6 +115,7 @@ class EncoderSession:
         self._open.__exit__(kind, error, traceback)
         for line in self._costs.lines():
             self._log.message(line)
+        self._remember_rate()
 
     def encode(self, needs: Iterable[Need]) -> EncodeResult:
         """Compute and store those of the needed records that are missing; all of them are durable when it returns.
@@ -121,9 +125,11 @@ class EncoderSession:
         fit into memory.
         """
         started = time.monotonic()
+        self._loading_seconds = 0.0
         result = EncodeResult()
         needs = in_order(needs, self._encoder)
         tasks = make_tasks(needs, self._is_covered, self._failed)
+        samples = len(tasks)
         self._progress = self._shared_progress or Progress(self._log, len(tasks))
         self._feed.expect(sum(len(self._pictures(task)) for task in tasks))
         while tasks:
@@ -135,7 +141,20 @@ class EncoderSession:
             self._log.message(f"encoded in tiles, for want of memory: {', '.join(result.tiled)}", level="warning")
         self._signals.deliver()
         result.seconds = time.monotonic() - started
+        self._samples += result.samples
+        self._seconds += result.seconds
         return result
+
+    def _remember_rate(self) -> None:
+        """So that the next plan can tell how long encoding will take."""
+        forecast = self._plan.forecast
+        if self._encoder is None or forecast.rates is None or not self._samples:
+            return
+        name = forecast.classes[self._encoder], str(self._plan.dtype).removeprefix("torch."), str(self._device)
+        try:
+            forecast.rates.record(*name, self._plan.sizes.resolution, samples=self._samples, seconds=self._seconds)
+        except StoreUnavailableError as error:
+            self._log.message(f"the next plan will not know how long encoding took: {error}", level="warning")
 
     def _is_covered(self, key: str) -> bool:
         return key in self._covered or (self._settings.skip_existing and key in self._plan.stored)
@@ -216,8 +235,10 @@ class EncoderSession:
     def _load(self) -> None:
         encoder = str(self._encoder)
         self._log.message(f"loading {encoder} of {self._plan.model}")
+        started = time.monotonic()
         components = [encoder, *self._family.encoders[encoder]]
         self._pipe = self._family.load_pipeline(self._plan.model, components, self._plan.dtype, self._device)
+        self._seconds -= time.monotonic() - started
 
     def _records(self, encoded: Sequence[tuple[Task, Tensors]], tiled: bool, result: EncodeResult) -> list[NewRecord]:
         """What there is to store of the samples whose pictures are still those of the plan."""

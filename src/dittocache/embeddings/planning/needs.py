@@ -67,14 +67,18 @@ class Needs(Sequence[Need]):
         wanted = [artifacts[number] for number in self._numbers[self._table.shape_of[row]]]
         return Need(self._samples[row], {name: keys[name] for name in wanted})
 
-    def rows_without(self, present: npt.NDArray[np.bool_]) -> list[int]:
-        """The samples of which a record of this encoder is missing, given for each key whether its record is there."""
+    @cached_property
+    def ours(self) -> npt.NDArray[np.bool_]:
+        """For each key of the table whether this encoder makes its record."""
         chosen = [
             [number in numbers for number in range(len(shape.artifacts))]
             for numbers, shape in zip(self._numbers, self._table.shapes, strict=True)
         ]
-        ours = self._table.by_key(dict(zip(self._table.shapes, chosen, strict=True))).astype(np.bool_)
-        rows: list[int] = np.unique(self._table.sample_of_key[ours & ~present]).tolist()
+        return self._table.by_key(dict(zip(self._table.shapes, chosen, strict=True))).astype(np.bool_)
+
+    def rows_without(self, present: npt.NDArray[np.bool_]) -> list[int]:
+        """The samples of which a record of this encoder is missing, given for each key whether its record is there."""
+        rows: list[int] = np.unique(self._table.sample_of_key[self.ours & ~present]).tolist()
         return rows
 
 

@@ -151,6 +151,11 @@ class Plan:
         needs = self.needs.get(encoder)
         return [] if needs is None else [needs.of_row(row) for row in needs.rows_without(self._present)]
 
+    def hits_of(self, encoders: Collection[str | None]) -> int:
+        """Records that these encoders make and that are there."""
+        found = [np.flatnonzero(self.needs[one].ours & self._present) for one in encoders if one in self.needs]
+        return len(np.unique(self.manifest.index.distinct_of[np.concatenate(found)])) if found else 0
+
     def recipe(self, key: str) -> Recipe:
         """What the record of `key` is made from."""
         return self.manifest.recipes[key]
