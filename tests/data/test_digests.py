@@ -173,3 +173,23 @@ def test_a_snapshot_looks_at_each_file_once_and_tells_when_it_changed(tmp_path: 
     assert snapshot.changed_since(file)
     file.unlink()
     assert snapshot.changed_since(file)
+
+
+@pytest.mark.usefixtures("settled")
+def test_large_files_are_read_ahead_with_progress_and_only_once(
+    tmp_path: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digests, "_LARGE_BYTES", 100)
+    files = [tmp_path / name for name in ("a", "b", "c")]
+    for number, file in enumerate(files):
+        file.write_bytes(bytes([number]) * 1000 * (number + 1))
+    told: list[tuple[int, int]] = []
+    index = ContentIndex(tmp_path / "index.json", lambda done, total: told.append((done, total)))
+    index.read_ahead([*files, tmp_path / "gone"])
+    assert sorted(hashed) == ["a", "b", "c"] and told[-1] == (6000, 6000)
+    assert [index.digest(file) for file in files] == [blake3(file.read_bytes()).hexdigest(length=16) for file in files]
+    index.save()
+    again = ContentIndex(tmp_path / "index.json")
+    again.read_ahead(files)
+    assert [again.digest(file) for file in files] == [index.digest(file) for file in files]
+    assert len(hashed) == 3

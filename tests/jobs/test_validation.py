@@ -108,6 +108,12 @@ def test_too_little_disk_for_the_missing_records(config: RunConfig, monkeypatch:
         validate(RunInputs(config, config.run_dir), EventLog(config.run_dir / "events.jsonl", "validate"))
 
 
+def test_the_first_run_is_told_what_its_records_will_take(config: RunConfig) -> None:
+    plan = RunInputs(config, config.run_dir).plan()
+    assert plan.hits == 0 and plan.bytes_to_write is not None
+    assert validation.needed_bytes(plan) == plan.bytes_to_write.total > 10_000
+
+
 def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     assert folder_problems("f", tmp_path / "not" / "there" / "yet") == []

@@ -17,6 +17,7 @@ from dittocache.data.folder import load_folder
 from dittocache.data.sample import Sample
 from dittocache.embeddings.planning.manifest import Manifest
 from dittocache.embeddings.planning.plan import Plan, make_plan
+from dittocache.embeddings.planning.rates import Rates
 from dittocache.embeddings.store import roots
 from dittocache.embeddings.store.storage import Storage
 from dittocache.embeddings.store.store import Store
@@ -29,6 +30,7 @@ from dittocache.jobs.ranks import Rank, device_of_worker, rank_of
 INDEX_NAME = "content-index.json"
 MANIFEST_NAME = "manifest.json"
 MEMORY_NAME = "memory"
+RATES_NAME = "rates.json"
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,8 @@ class RunInputs:
         """What is cached and what is still to encode; the last run's manifest tells why records are stale."""
         previous = Manifest.load(self.manifest_path) if self.manifest_path.exists() else None
         # Beside the store it serves every run; a store behind a URL is no place for a file that each plan rewrites.
-        index = ContentIndex((self.config.cache.folder or self.run_dir) / INDEX_NAME)
+        beside = self.config.cache.folder or self.run_dir
+        index = ContentIndex(beside / INDEX_NAME)
         return make_plan(
             self.samples,
             self.family,
@@ -145,6 +148,8 @@ class RunInputs:
             previous=previous,
             storage=Storage(self.config.cache.storage, self.config.cache.shared_prefix),
             batching=self.config.cache.batching,
+            rates=Rates(beside / RATES_NAME),
+            devices={encoder: self.encoder_device(encoder) for encoder in self.family.encoders},
         )
 
 

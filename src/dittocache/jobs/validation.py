@@ -93,7 +93,12 @@ def _artifacts(plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def needed_bytes(plan: Plan) -> int:
-    """About how many bytes the missing records will take: as many each as the stored ones do; 0 when none is stored."""
+    """About how many bytes the missing records will take.
+
+    As the family estimates it; where it cannot, as many each as the stored ones take; 0 when none is stored.
+    """
+    if plan.bytes_to_write is not None:
+        return plan.bytes_to_write.total
     return plan.bytes_stored // plan.hits * plan.misses if plan.hits else 0
 
 

@@ -150,3 +150,15 @@ def test_rates_are_means_that_follow_a_faster_machine(tmp_path: Path) -> None:
     assert rates.seconds_per_sample(*name) is None
     rates.record(*name, samples=1, seconds=1.0)
     assert rates.seconds_per_sample(*name) == 1.0
+
+
+def test_encoding_teaches_how_long_it_takes(job: Job) -> None:
+    job.seconds = 0.01
+    index, rates = ContentIndex(job.folder / "index.json"), Rates(job.folder / "rates.json")
+    plan = make_plan(
+        job.samples, job.family, job.sizes, job.model, job.dtype, job.store, index, rates=rates, devices={"vae": "cpu"}
+    )
+    job.encode(plan)
+    for encoder in ("Vae", "Text"):
+        measured = rates.seconds_per_sample(encoder, "bfloat16", "cpu", job.sizes.resolution)
+        assert measured is not None and 0.01 <= measured < 1.0

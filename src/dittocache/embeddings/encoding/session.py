@@ -94,7 +94,6 @@ class EncoderSession:
         self._samples = 0
         self._seconds = 0.0  # of encoding, the loading of the encoder left out
         self._pipe: Any = None
-        self._loading_seconds = 0.0
         self._open = ExitStack()
 
     def __enter__(self) -> EncoderSession:
@@ -125,11 +124,9 @@ class EncoderSession:
         fit into memory.
         """
         started = time.monotonic()
-        self._loading_seconds = 0.0
         result = EncodeResult()
         needs = in_order(needs, self._encoder)
         tasks = make_tasks(needs, self._is_covered, self._failed)
-        samples = len(tasks)
         self._progress = self._shared_progress or Progress(self._log, len(tasks))
         self._feed.expect(sum(len(self._pictures(task)) for task in tasks))
         while tasks:
