@@ -214,6 +214,13 @@ def test_a_shape_of_anything_but_natural_numbers(sides: str) -> None:
         made.read(proven(json.loads(text), made.payload))
 
 
+def test_a_shape_that_no_tensor_can_have_beside_a_zero() -> None:
+    header = RECORDS["native"].header()
+    header["prompt_embeds"] = {"dtype": "BF16", "shape": [0, 2**40, 2**40], "data_offsets": [0, 0]}
+    with pytest.raises(RecordCorruptError, match="more elements than any tensor"):
+        RECORDS["native"].read(proven(header, b""))
+
+
 def test_a_tensor_that_belongs_to_no_artifact_is_found() -> None:
     made = RECORDS["native"]
     end = len(made.payload)
