@@ -12,9 +12,7 @@ from dittocache.jobs.run_folder import CACHED_NAME
 
 
 def note_cached(inputs: RunInputs, keys: Iterable[str]) -> None:
-    """Note durably enough, before they are encoded, which records this run makes, where they are not to be kept."""
-    if inputs.config.cache.keep_cache:
-        return
+    """Note which records this run is about to encode, so that they can be removed after training."""
     with (inputs.run_dir / CACHED_NAME).open("a", encoding="ascii") as stream:
         stream.writelines(f"{key}\n" for key in sorted(keys))
 

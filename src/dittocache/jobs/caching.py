@@ -96,7 +96,8 @@ def _encode(inputs: RunInputs, plan: Plan, encoders: Sequence[str | None], log: 
             opened.enter_context(leases)
         if any(plan.work(encoder) for encoder in encoders) or not cache.skip_existing:
             if inputs.leads:
-                note_cached(inputs, records_of(plan, encoders) - plan.stored.keys())
+                if not cache.keep_cache:
+                    note_cached(inputs, records_of(plan, encoders) - plan.stored.keys())
                 _tidy(inputs, leases, log.stage)
             if inputs.leads and cache.runner == "ray":
                 _encode_on_ray(inputs, plan, encoders, log, total)

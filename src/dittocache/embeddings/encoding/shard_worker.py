@@ -100,12 +100,17 @@ class ShardWorker:
         return self.result
 
     def _unfinished_shards(self) -> list[Shard]:
-        if self._again is None and not self._plan.work(self._encoder):
+        needs = self._plan.needs[self._encoder]
+        # The plan knows at once which samples miss something; asking it for each key of a large set would take seconds.
+        work = self._plan.work(self._encoder) if self._again is None else needs
+        if not work:
             return []
+        names = {need.sample.name for need in work}
         failed = set(self.result.failed_samples)
-        shards = make_shards(self._plan.needs[self._encoder], self._batch_size, failed, self._base_of())
+        shards = make_shards(needs, self._batch_size, failed, self._base_of())
         self._at_once = max((len(shard.needs) for shard in shards), default=1)
-        return [shard for shard in shards if self._missing_needs(shard)]
+        touched = (shard for shard in shards if any(need.sample.name in names for need in shard.needs))
+        return [shard for shard in touched if self._missing_needs(shard)]
 
     def _base_of(self) -> Callable[[str], str | None] | None:
         return (lambda key: base_key_of(self._plan.recipe(key))) if self._plan.storage.shared_prefix else None
