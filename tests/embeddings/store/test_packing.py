@@ -340,3 +340,17 @@ def test_damaged_packs_are_an_error_of_ours_or_the_right_tensor(store: Store, da
                     assert torch.equal(reader.read(key(number)), tensor(number))
     finally:
         spare_path.rename(spare)
+
+
+def test_a_record_that_is_replaced_while_it_is_packed_stays(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, other = packing.write_pack, Store(store.root)
+
+    def replaced_meanwhile(*arguments: Any) -> Any:
+        other.write(key(3), tensor(3), recipe(3), replace=True, provenance={"again": True})
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "write_pack", replaced_meanwhile)
+        pack_records(store)
+    assert loose_files(store) == [store.local.loose.path(key(3))]
+    assert_right(Store(store.root), ALL)

@@ -158,9 +158,8 @@ class _Packer:
             return 0
         replaced = packed_from is not None and not _is_same(trashed, packed_from)
         self._records.packed.refresh()
-        if (
-            replaced or self._records.packed.find(key) is None
-        ):  # replaced, or the packed one was found corrupt meanwhile
+        # Put back what was replaced meanwhile, or whose packed copy was found corrupt meanwhile.
+        if replaced or self._records.packed.find(key) is None:
             put_back(self._records, trashed)
             return 0
         trashed.unlink(missing_ok=True)
