@@ -71,4 +71,3 @@ def encode_missing(
 
 def _work(plan: Plan, encoder: str | None, skip_existing: bool) -> list[Need]:
     return plan.work(encoder) if skip_existing else list(plan.needs.get(encoder, ()))
-
