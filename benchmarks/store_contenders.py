@@ -17,7 +17,7 @@ import torch
 from dittocache.embeddings.planning.manifest import Manifest
 from dittocache.embeddings.reading.reader import CachedBatches
 from dittocache.embeddings.recipe import recipe_key
-from dittocache.embeddings.store.packing import pack_records
+from dittocache.embeddings.store.bulk import PackWriter
 from dittocache.embeddings.store.store import Store
 
 Tensors = dict[str, torch.Tensor]
@@ -247,17 +247,22 @@ class LooseRecords(FromScratch):
         return {"one thread": one_thread, "2 threads": partial(ahead, 2)}
 
 
-class PackedRecords:
-    """Our store after packing; what is measured is the packing of loose records: read, verified, written, synced."""
+class PackedRecords(FromScratch):
+    """Our store as `dittocache cache import` fills it: checksummed records, synced as packs."""
 
     name = "dittocache, packed"
     plain, fsynced = False, True
 
-    def prepare(self, folder: Path, samples: Sequence[Tensors]) -> None:
-        LooseRecords().write(folder, samples, True)
-
     def write(self, folder: Path, samples: Sequence[Tensors], fsync: bool) -> None:
-        pack_records(Store(folder))
+        manifest: dict[str, dict[str, str]] = {}
+        with PackWriter(Store(folder)) as packs:
+            for number, sample in enumerate(samples):
+                for name, tensor in sample.items():
+                    recipe = like_a_recipe(name, number)
+                    key = recipe_key(recipe)
+                    manifest.setdefault(str(number), {})[name] = key
+                    packs.write(key, tensor, recipe)
+        (folder / "samples.json").write_text(json.dumps(manifest))
 
     def readers(self, folder: Path, shapes: Tensors) -> dict[str, Callable[[Batches], Iterator[Tensors]]]:
         return LooseRecords().readers(folder, shapes)

@@ -63,6 +63,8 @@ def test_every_command_of_a_page_is_carried_out(page: list[list[str]], workplace
         "held_out": "null",
         "cache.cache_dir": "cache",
         "cache.devices": "{}",
+        "cache.num_workers": "0",
+        "cache.workers": "1",
         "train.steps": "2",
         "generate.num_inference_steps": "3",
     }

@@ -10,6 +10,7 @@ from dittocache.config import RunConfig
 from dittocache.embeddings.foreign import export, importing
 from dittocache.embeddings.foreign.export import ExportResult
 from dittocache.embeddings.foreign.findings import ImportResult
+from dittocache.embeddings.store import roots
 from dittocache.events import Event, EventLog
 from dittocache.jobs.inputs import RunInputs, load_manifest
 from dittocache.jobs.run_folder import EVENTS_NAME, held_folder
@@ -30,10 +31,13 @@ def import_cache(
     inputs = RunInputs(config, config.run_dir)
     with held_folder(config.run_dir):
         log = EventLog(config.run_dir / EVENTS_NAME, "import", listener)
+        plan = inputs.plan()
+        if inputs.store.is_local and not dry_run:  # so that nobody collects it as garbage before it is trained on
+            roots.register(inputs.store, inputs.manifest_path, plan.manifest.keys)
         bring = importing.IMPORTS[tool]
         return bring(
             folder,
-            inputs.plan(),
+            plan,
             inputs.store,
             log,
             check=check,

@@ -16,6 +16,7 @@ from tests.embeddings.toy_family import picture
 
 from dittocache.embeddings.foreign.findings import ImportResult
 from dittocache.embeddings.foreign.importing import import_qflux, plan_import
+from dittocache.embeddings.store.bulk import PackWriter
 from dittocache.errors import CacheError
 from dittocache.families.base import Sizes
 
@@ -255,7 +256,7 @@ def test_check_looks_past_samples_that_have_nothing(tmp_path: Path, job: Job) ->
 
 def test_an_interrupted_import_goes_on(tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     write_qflux(tmp_path / "qflux", job.samples, job.expected())
-    write, count = type(job.store).write, 0
+    write, count = PackWriter.write, 0
 
     def dies(*arguments: object, **options: object) -> int:
         nonlocal count
@@ -264,7 +265,7 @@ def test_an_interrupted_import_goes_on(tmp_path: Path, job: Job, monkeypatch: py
             raise KeyboardInterrupt
         return write(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(type(job.store), "write", dies)
+    monkeypatch.setattr(PackWriter, "write", dies)
     with pytest.raises(KeyboardInterrupt):
         run(job, tmp_path / "qflux")
     result = run(job, tmp_path / "qflux")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,7 @@ from dittocache.embeddings.foreign.musubi import MusubiCache
 from dittocache.embeddings.foreign.qflux import QfluxCache
 from dittocache.embeddings.foreign.source import ForeignCache
 from dittocache.embeddings.planning.plan import Plan
+from dittocache.embeddings.store.bulk import PackWriter
 from dittocache.embeddings.store.store import Store
 from dittocache.errors import CacheError, DataError, RecordMissingError, StoreUnavailableError
 from dittocache.events import EventLog, Progress
@@ -108,25 +110,28 @@ def _import(
     progress = Progress(log, len(wanted))
     refused: dict[str, Refusal] = {}
     done: set[str] = set()
-    for one in wanted:
-        progress.advance()
-        if one.key in done:
-            continue
-        try:
-            foreign = matcher.read(one, done)
-        except StoreUnavailableError:
-            raise
-        except (CacheError, DataError) as error:
-            absent = isinstance(error, RecordMissingError)
-            refused.setdefault(one.key, Refusal(one.sample.name, one.artifact, str(error), absent))
-            continue
-        refused.pop(one.key, None)  # another sample that shares the record had it
-        result.notes.update(foreign.notes)
-        result.imported += 1
-        result.bytes_imported += foreign.tensor.nbytes
-        done.add(one.key)
-        if not dry_run:
-            store.write(one.key, foreign.tensor, plan.recipe(one.key), provenance=matcher.provenance(foreign))
+    with ExitStack() as opened:
+        # Packs where there is a folder for them: a foreign cache comes as a whole, and can be read again.
+        target = opened.enter_context(PackWriter(store)) if store.is_local and not dry_run else store
+        for one in wanted:
+            progress.advance()
+            if one.key in done:
+                continue
+            try:
+                foreign = matcher.read(one, done)
+            except StoreUnavailableError:
+                raise
+            except (CacheError, DataError) as error:
+                absent = isinstance(error, RecordMissingError)
+                refused.setdefault(one.key, Refusal(one.sample.name, one.artifact, str(error), absent))
+                continue
+            refused.pop(one.key, None)  # another sample that shares the record had it
+            result.notes.update(foreign.notes)
+            result.imported += 1
+            result.bytes_imported += foreign.tensor.nbytes
+            done.add(one.key)
+            if not dry_run:
+                target.write(one.key, foreign.tensor, plan.recipe(one.key), provenance=matcher.provenance(foreign))
     result.refused = list(refused.values())
     result.seconds = time.monotonic() - started
     _report(result, log)

@@ -183,6 +183,10 @@ class Store:
             check_layout(str(self.root), layout.read_bytes())
         return True
 
+    def prepare(self) -> None:
+        """Make the folder and say its layout, for who writes packs; `write` does it by itself. Raises OSError."""
+        self._write_layout(self.root)
+
     def _write_layout(self, folder: Path) -> None:
         """Before the first record comes which layout the store has."""
         if self._has_layout and (folder.is_dir() or (self.root / LAYOUT_NAME).exists()):
