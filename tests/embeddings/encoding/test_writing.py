@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 
 from dittocache.embeddings.encoding import storage_costs
 from dittocache.embeddings.encoding.storage_costs import StorageCosts
-from dittocache.embeddings.encoding.writing import NewRecord, RecordWriter, WrittenBatch
+from dittocache.embeddings.encoding.writing import RecordWriter, WrittenBatch
 from dittocache.embeddings.recipe import recipe_key
-from dittocache.embeddings.store.store import Store
+from dittocache.embeddings.store.store import NewRecord, Store
 from dittocache.errors import StoreUnavailableError
 
 
@@ -33,13 +34,13 @@ class GatedStore(Store):
         self.written: list[str] = []
         self.fails: set[str] = set()
 
-    def write(self, key: str, *rest: Any, **options: Any) -> int:
+    def write_many(self, records: Sequence[NewRecord], **options: Any) -> list[int]:
         assert self.gate.wait(20)
-        if key in self.fails:
+        if self.fails & {record.key for record in records}:
             raise StoreUnavailableError("the disk is full")
-        length = super().write(key, *rest, **options)
-        self.written.append(key)
-        return length
+        lengths = super().write_many(records, **options)
+        self.written += [record.key for record in records]
+        return lengths
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_a_failing_write_ends_the_work_once_the_others_are_stored(store: GatedSt
     with RecordWriter(store, batches=9) as writer:
         for number in range(4):
             writer.submit([record(number), record(10 + number)], 1) if number != 1 else writer._batches.append(
-                (1, [writer._threads.submit(writer._write, record(1), None, None)])
+                (1, [writer._threads.submit(writer._write, [record(1)], None, [])])
             )
         with pytest.raises(StoreUnavailableError, match="disk is full"):
             writer.drain()

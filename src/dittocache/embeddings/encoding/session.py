@@ -22,9 +22,9 @@ from dittocache.embeddings.encoding.result import EncodeResult
 from dittocache.embeddings.encoding.stopping import HeldSignals
 from dittocache.embeddings.encoding.storage_costs import StorageCosts
 from dittocache.embeddings.encoding.tasks import Task, bucket_of, in_order, make_tasks, next_batch
-from dittocache.embeddings.encoding.writing import NewRecord, RecordWriter, WrittenBatch
+from dittocache.embeddings.encoding.writing import RecordWriter, WrittenBatch
 from dittocache.embeddings.planning.plan import Need, Plan
-from dittocache.embeddings.store.store import Store
+from dittocache.embeddings.store.store import NewRecord, Store
 from dittocache.errors import CacheError, DataError, ModelError, StoreUnavailableError
 from dittocache.events import EventLog, Progress
 from dittocache.families.base import Family, Tensors

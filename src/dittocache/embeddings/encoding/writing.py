@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
 from dittocache.embeddings.encoding.storage_costs import StorageCosts
-from dittocache.embeddings.recipe import Recipe
 from dittocache.embeddings.store.storage import base_key_of
-from dittocache.embeddings.store.store import Store
+from dittocache.embeddings.store.store import NewRecord, Store
 
 # Waiting for the disk side by side is several times faster: file systems commit concurrent syncs together.
 WRITERS = 8
 BATCHES_IN_FLIGHT = 2
-
-
-@dataclass(frozen=True)
-class NewRecord:
-    """A tensor, on any device, that is to be stored."""
-
-    key: str
-    tensor: torch.Tensor
-    recipe: Recipe
-    provenance: Mapping[str, Any] | None = None
+GROUP_BYTES = 4_000_000  # below it, a record's bytes cost less than its commit
 
 
 @dataclass(frozen=True)
@@ -63,7 +52,7 @@ class RecordWriter:
         self._replace = replace
         self._most = batches
         self._threads = ThreadPoolExecutor(WRITERS, thread_name_prefix="record-writer")
-        self._batches: deque[tuple[int, list[Future[int]]]] = deque()
+        self._batches: deque[tuple[int, list[Future[list[int]]]]] = deque()
         self._streams = threading.local()
 
     def __enter__(self) -> RecordWriter:
@@ -76,12 +65,13 @@ class RecordWriter:
         """Begin to store the records of a batch; returns the batches that were finished meanwhile."""
         finished = self._finished(self._most - 1)
         ready = _event_of(records)
-        begun: dict[str, Future[int]] = {}
-        # Bases first: the threads take writes in order, so that a write waits only for one that has begun.
-        for record in sorted(records, key=lambda one: base_key_of(one.recipe) is not None):
-            base = begun.get(base_key_of(record.recipe) or "")
-            begun[record.key] = self._threads.submit(self._write, record, ready, base)
-        self._batches.append((samples, list(begun.values())))
+        begun: list[Future[list[int]]] = []
+        # Bases first: the threads take writes in order, so that a write waits only for those that have begun.
+        for depends in (False, True):
+            part = [record for record in records if (base_key_of(record.recipe) is not None) == depends]
+            bases = list(begun) if depends else []
+            begun += [self._threads.submit(self._write, group, ready, bases) for group in self._groups(part)]
+        self._batches.append((samples, begun))
         return finished
 
     def drain(self) -> list[WrittenBatch]:
@@ -94,25 +84,39 @@ class RecordWriter:
         while self._batches and (len(self._batches) > left or all(write.done() for write in self._batches[0][1])):
             samples, writes = self._batches.popleft()
             try:
-                lengths = [write.result() for write in writes]
+                lengths = [length for write in writes for length in write.result()]
             except BaseException:
                 self._give_up(writes)
                 raise
             finished.append(WrittenBatch(samples, len(lengths), sum(lengths)))
         return finished
 
-    def _give_up(self, writes: Sequence[Future[int]]) -> None:
+    def _give_up(self, writes: Sequence[Future[list[int]]]) -> None:
         """Let every write end that has begun: what it stored stays."""
         wait([*writes, *(write for _, batch in self._batches for write in batch)])
         self._batches.clear()
 
-    def _write(self, record: NewRecord, ready: torch.cuda.Event | None, base: Future[int] | None) -> int:
-        tensor = self._on_host(record.tensor, ready)
+    def _groups(self, records: Sequence[NewRecord]) -> Iterator[list[NewRecord]]:
+        """What one thread writes at once: small records together, large ones side by side."""
+        group: list[NewRecord] = []
+        for record in records:
+            group.append(record)
+            if not self._store.is_local or sum(one.tensor.nbytes for one in group) >= GROUP_BYTES:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def _write(
+        self, records: Sequence[NewRecord], ready: torch.cuda.Event | None, bases: Sequence[Future[list[int]]]
+    ) -> list[int]:
+        here = [replace(record, tensor=self._on_host(record.tensor, ready)) for record in records]
         if self._costs is not None:
-            self._costs.measure(tensor, record.recipe)
-        if base is not None:
+            for record in here:
+                self._costs.measure(record.tensor, record.recipe)
+        for base in bases:
             base.result()
-        return self._store.write(record.key, tensor, record.recipe, replace=self._replace, provenance=record.provenance)
+        return self._store.write_many(here, replace=self._replace)
 
     def _on_host(self, tensor: torch.Tensor, ready: torch.cuda.Event | None) -> torch.Tensor:
         """The tensor on the CPU, copied beside the encoder's work and not behind it."""

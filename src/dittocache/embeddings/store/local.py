@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -73,15 +73,16 @@ class LocalRecords:
             if self.packed.find(key) is None:
                 yield key
 
-    def write(self, key: str, content: bytes) -> None:
-        """Store the record loose; a packed one of the same key does not count any more."""
-        self.loose.write(key, content)
+    def write(self, contents: Mapping[str, bytes]) -> None:
+        """Store records loose; packed ones of the same keys do not count any more."""
+        self.loose.write(contents)
         self.packed.refresh()
-        while (place := self.packed.find(key)) is not None:
-            self.packed.drop(key, place.pack)
-            # A packer that had not yet seen this may have taken the new record for a copy of the packed one.
-            if not self.loose.path(key).exists():
-                self.loose.write(key, content)
+        for key, content in contents.items():
+            while (place := self.packed.find(key)) is not None:
+                self.packed.drop(key, place.pack)
+                # A packer that had not yet seen this may have taken the new record for a copy of the packed one.
+                if not self.loose.path(key).exists():
+                    self.loose.write({key: content})
 
     def quarantine(self, key: str, record: OpenRecord) -> str:
         """Take the record that was read out of the store, keep a copy, and say where that is."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from dittocache.embeddings.store import writer_id
-from dittocache.embeddings.store.durable import TEMPORARY_PATTERN, replace_file, sync_folder, writer_of
+from dittocache.embeddings.store.durable import TEMPORARY_PATTERN, replace_files, sync_folder, writer_of
 from dittocache.embeddings.store.record import LENGTH_BYTES, header_length, parse_header
 from dittocache.errors import CacheError, RecordCorruptError
 
@@ -67,13 +67,14 @@ class LooseRecords:
         finally:
             os.close(descriptor)
 
-    def write(self, key: str, content: bytes) -> None:
-        """Make the record's file hold these bytes, atomically and durably."""
-        path = self.path(key)
-        if not path.parent.is_dir():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sync_folder(path.parent.parent)
-        replace_file(path, content)
+    def write(self, contents: Mapping[str, bytes]) -> None:
+        """Make the records' files hold these bytes, each atomically, all durably."""
+        files = {self.path(key): content for key, content in contents.items()}
+        for folder in {path.parent for path in files}:
+            if not folder.is_dir():
+                folder.mkdir(parents=True, exist_ok=True)
+                sync_folder(folder.parent)
+        replace_files(files)
 
     def sizes(self, keys: Collection[str]) -> dict[str, int]:
         """Length in bytes of those records that are there.

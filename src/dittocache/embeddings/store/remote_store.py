@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from dittocache.embeddings.store.layout import LAYOUT_NAME, check_layout, layout
 from dittocache.embeddings.store.loose import HEADER_GUESS, SUFFIX, OpenRecord
 from dittocache.embeddings.store.record import LENGTH_BYTES, Header, header_length, pack, parse_header, unpack
 from dittocache.embeddings.store.remote import RemoteRecords
-from dittocache.embeddings.store.storage import bases_for
-from dittocache.embeddings.store.store import Store
+from dittocache.embeddings.store.storage import base_key_of, bases_for
+from dittocache.embeddings.store.store import NewRecord, Store
 from dittocache.errors import CacheError, RecordCorruptError, RecordMissingError, StoreUnavailableError
 
 
@@ -78,6 +78,15 @@ class RemoteStore(Store):
             self._has_layout = True
         self._records.put(self._records.path(key), content)
         return len(content)
+
+    def write_many(self, records: Sequence[NewRecord], *, replace: bool = False) -> list[int]:
+        """As `Store.write_many`, one after the other; threads put them side by side."""
+        bases_first = sorted(records, key=lambda record: base_key_of(record.recipe) is not None)
+        lengths = {
+            one.key: self.write(one.key, one.tensor, one.recipe, replace=replace, provenance=one.provenance)
+            for one in bases_first
+        }
+        return [lengths[record.key] for record in records]
 
     def read(self, key: str) -> torch.Tensor:
         """As `Store.read`; a record that does not prove itself is got once more before it is called corrupt."""
