@@ -11,6 +11,7 @@ be told, the cold numbers are left out. Prints a table and adds it to benchmarks
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -74,13 +75,13 @@ def measure(folder: Path, count: int, batch_size: int, rounds: int, only: str) -
     readers = {
         (one.name, way): reader for one in formats for way, reader in one.readers(folder / one.name, samples[0]).items()
     }
-    for key, reader in readers.items():
-        check(key, reader, samples, batches)
+    for key in readers:
+        check(key, readers[key], samples, batches)
     warm = time_warm(readers, batches, rounds)
-    readers.clear()  # what is mapped into memory cannot be forgotten
+    readers.clear()
     cold: dict[tuple[str, str], float] = {}
     if hasattr(os, "posix_fadvise"):
-        cold = time_cold(folder, formats, samples[0], batches)
+        cold = time_cold(folder, formats, list(warm), samples[0], batches)
     else:
         notes.append("this system cannot be told to forget files: no cold numbers")
     rows = [{"format": key[0], "way": key[1], "warm_seconds": warm[key], "cold_seconds": cold.get(key)} for key in warm]
@@ -115,11 +116,12 @@ def time_writing(
 ) -> dict[tuple[str, bool], float]:
     """Seconds, the best of the rounds; what is written last stays."""
     best: dict[tuple[str, bool], float] = {}
-    for _ in range(rounds):
-        for one in formats:
+    for turn in range(rounds):
+        for one in formats[:: -1 if turn % 2 else 1]:
             for fsync in [False] * one.plain + [True] * one.fsynced:
                 shutil.rmtree(folder / one.name, ignore_errors=True)
                 (folder / one.name).mkdir()
+                one.prepare(folder / one.name, samples)
                 os.sync()
                 started = time.perf_counter()
                 one.write(folder / one.name, samples, fsync)
@@ -138,8 +140,8 @@ def check(key: tuple[str, str], reader: Reader, samples: Sequence[Tensors], batc
 def time_warm(readers: dict[tuple[str, str], Reader], batches: Batches, rounds: int) -> dict[tuple[str, str], float]:
     """Each reader has the files read once before they are read on time: together they may be too large for memory."""
     best: dict[tuple[str, str], float] = {}
-    for _ in range(rounds):
-        for key, reader in readers.items():
+    for turn in range(rounds):
+        for key, reader in list(readers.items())[:: -1 if turn % 2 else 1]:
             run(reader, batches)
             seconds = run(reader, batches)
             best[key] = min(seconds, best.get(key, seconds))
@@ -147,20 +149,27 @@ def time_warm(readers: dict[tuple[str, str], Reader], batches: Batches, rounds: 
 
 
 def time_cold(
-    folder: Path, formats: Sequence[Contender], shapes: Tensors, batches: Batches, rounds: int = 2
+    folder: Path,
+    formats: Sequence[Contender],
+    keys: Sequence[tuple[str, str]],
+    shapes: Tensors,
+    batches: Batches,
+    rounds: int = 2,
 ) -> dict[tuple[str, str], float]:
     best: dict[tuple[str, str], float] = {}
 
     def note(key: tuple[str, str], seconds: float) -> None:
         best[key] = min(seconds, best.get(key, seconds))
 
-    for _ in range(rounds):
-        forget(folder / BASELINE[0])
-        note(("disk", "sequential"), read_through(folder / BASELINE[0]))
-        for one in formats:
-            for way in one.readers(folder / one.name, shapes):
-                forget(folder / one.name)
-                note((one.name, way), run(one.readers(folder / one.name, shapes)[way], batches))
+    named = {one.name: one for one in formats}
+    for turn in range(rounds):
+        for name, way in [("disk", "sequential"), *keys][:: -1 if turn % 2 else 1]:
+            gc.collect()  # closes what is mapped into memory, which cannot be forgotten
+            forget(folder / (name if name in named else BASELINE[0]))
+            if name in named:
+                note((name, way), run(named[name].readers(folder / name, shapes)[way], batches))
+            else:
+                note((name, way), read_through(folder / BASELINE[0]))
     return best
 
 

@@ -17,6 +17,7 @@ import torch
 from dittocache.embeddings.planning.manifest import Manifest
 from dittocache.embeddings.reading.reader import CachedBatches
 from dittocache.embeddings.recipe import recipe_key
+from dittocache.embeddings.store.bulk import PackWriter
 from dittocache.embeddings.store.store import Store
 
 Tensors = dict[str, torch.Tensor]
@@ -36,8 +37,12 @@ class Contender(Protocol):
     plain: bool
     fsynced: bool
 
+    def prepare(self, folder: Path, samples: Sequence[Tensors]) -> None:
+        """What comes before writing and is not measured; the folder is empty."""
+        ...
+
     def write(self, folder: Path, samples: Sequence[Tensors], fsync: bool) -> None:
-        """Write all samples into an empty folder."""
+        """Write all samples into the folder."""
         ...
 
     def readers(self, folder: Path, shapes: Tensors) -> dict[str, Callable[[Batches], Iterator[Tensors]]]:
@@ -63,7 +68,14 @@ def in_rows(shapes: Tensors, load: Callable[[int], Tensors]) -> Callable[[Batche
     return read
 
 
-class PickleFiles:
+class FromScratch:
+    """Nothing comes before writing."""
+
+    def prepare(self, folder: Path, samples: Sequence[Tensors]) -> None:
+        pass
+
+
+class PickleFiles(FromScratch):
     """`.pt`, one for each key: the layout of the spec's manager."""
 
     name = ".pt per key"
@@ -114,7 +126,7 @@ def in_workers(dataset: PickleDataset) -> Callable[[Batches], Iterator[Tensors]]
     return read
 
 
-class SafetensorsFiles:
+class SafetensorsFiles(FromScratch):
     """Two safetensors files for each sample, latents and text, as musubi-tuner writes them."""
 
     name = "safetensors per sample"
@@ -143,7 +155,7 @@ class SafetensorsFiles:
         return {"one thread": in_rows(shapes, load)}
 
 
-class Lmdb:
+class Lmdb(FromScratch):
     """One value for each tensor, one transaction for each sample."""
 
     name = "LMDB"
@@ -175,7 +187,7 @@ class Lmdb:
         return {"one thread": in_rows(shapes, load)}
 
 
-class Litdata:
+class Litdata(FromScratch):
     """Lightning's streaming format, chunks of 64 MB, written by its own cache writer."""
 
     name = "litdata"
@@ -201,7 +213,7 @@ class Litdata:
         return {"one thread": in_rows(shapes, load)}
 
 
-class LooseRecords:
+class LooseRecords(FromScratch):
     """Our store before packing: one durable, checksummed record for each tensor, written by a few threads."""
 
     name = "dittocache, loose"
@@ -235,6 +247,27 @@ class LooseRecords:
         return {"one thread": one_thread, "2 threads": partial(ahead, 2)}
 
 
+class PackedRecords(FromScratch):
+    """Our store as `dittocache cache import` fills it: checksummed records, synced as packs."""
+
+    name = "dittocache, packed"
+    plain, fsynced = False, True
+
+    def write(self, folder: Path, samples: Sequence[Tensors], fsync: bool) -> None:
+        manifest: dict[str, dict[str, str]] = {}
+        with PackWriter(Store(folder)) as packs:
+            for number, sample in enumerate(samples):
+                for name, tensor in sample.items():
+                    recipe = like_a_recipe(name, number)
+                    key = recipe_key(recipe)
+                    manifest.setdefault(str(number), {})[name] = key
+                    packs.write(key, tensor, recipe)
+        (folder / "samples.json").write_text(json.dumps(manifest))
+
+    def readers(self, folder: Path, shapes: Tensors) -> dict[str, Callable[[Batches], Iterator[Tensors]]]:
+        return LooseRecords().readers(folder, shapes)
+
+
 def like_a_recipe(artifact: str, number: int) -> dict[str, Any]:
     """As long as the recipe of an Edit-Plus artifact."""
     return {"schema": 1, "artifact": artifact, "number": number, "encoder": {"config": "c" * 900}}
@@ -264,4 +297,4 @@ def contenders() -> tuple[list[Contender], list[str]]:
             missing.append(f"{module} is not installed (pip install 'dittocache[bench]'): left out")
         else:
             found.append(contender)
-    return [*found, LooseRecords()], missing
+    return [*found, LooseRecords(), PackedRecords()], missing

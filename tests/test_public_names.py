@@ -13,6 +13,8 @@ import dittocache
 EXPORTED = [
     "CacheContext",
     "CacheError",
+    "CachedBatches",
+    "CachedDataset",
     "CachedSamples",
     "ConfigError",
     "DataError",

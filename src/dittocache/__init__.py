@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from dittocache.embeddings.manager import EmbeddingCacheManager as EmbeddingCacheManager
     from dittocache.embeddings.manager import check_cache_exists as check_cache_exists
     from dittocache.embeddings.planning.manifest import Manifest as Manifest
+    from dittocache.embeddings.reading.dataset import CachedDataset as CachedDataset
+    from dittocache.embeddings.reading.reader import CachedBatches as CachedBatches
     from dittocache.embeddings.reading.reader import CachedSamples as CachedSamples
     from dittocache.embeddings.store.store import Store as Store
     from dittocache.errors import CacheError as CacheError
@@ -48,6 +50,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "CacheContext": "dittocache.families.base",
     "CacheError": "dittocache.errors",
+    "CachedBatches": "dittocache.embeddings.reading.reader",
+    "CachedDataset": "dittocache.embeddings.reading.dataset",
     "CachedSamples": "dittocache.embeddings.reading.reader",
     "ConfigError": "dittocache.errors",
     "DataError": "dittocache.errors",

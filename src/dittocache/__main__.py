@@ -1,6 +1,6 @@
 """`python -m dittocache COMMAND`, the same as `dittocache COMMAND`."""
 
-from dittocache.cli import main
+from dittocache.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -8,7 +8,7 @@ Fields of every event: `time` (seconds since the epoch), `stage` (`validate`, `c
 `kind` (one of `KINDS`). The other fields depend on the kind:
 
     stage_started   pid, command
-    progress        done, total, speed (items a second), eta (seconds)
+    progress        done, total, speed (items a second), eta (seconds); bytes written so far where a stage writes
     metric          step, and any number of named numbers (loss, learning_rate, ...)
     message         level (info, warning, error), text
     result          any named values: what the stage found or made (counts, bytes, seconds, paths)
@@ -75,21 +75,23 @@ class Progress:
         self.log = log
         self.total = total
         self.done = 0
+        self.bytes = 0
         self._interval = interval
         self._started = time.monotonic()
         self._reported = 0.0
 
-    def advance(self, items: int = 1) -> None:
-        """Count `items` more as done and report when it is time."""
+    def advance(self, items: int = 1, written_bytes: int = 0) -> None:
+        """Count `items` more as done, and what was written for them, and report when it is time."""
         self.done += items
+        self.bytes += written_bytes
         now = time.monotonic()
         if self.done < self.total and now - self._reported < self._interval:
             return
         self._reported = now
         speed = self.done / max(now - self._started, 1e-9)
-        self.log.emit(
-            "progress", done=self.done, total=self.total, speed=speed, eta=(self.total - self.done) / max(speed, 1e-9)
-        )
+        eta = (self.total - self.done) / max(speed, 1e-9)
+        written = {"bytes": self.bytes} if self.bytes else {}
+        self.log.emit("progress", done=self.done, total=self.total, speed=speed, eta=eta, **written)
 
 
 def read_events(path: Path, offset: int = 0) -> Iterator[Event]:

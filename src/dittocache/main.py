@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from dittocache.cli import run
+from dittocache.cli.app import run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,7 +14,8 @@ import yaml
 from rich.console import Console
 from tests.jobs.conftest import draw_set
 
-from dittocache import cli, main
+from dittocache import main
+from dittocache.cli import app as cli
 from dittocache.cli import shared
 from dittocache.config import RunConfig, load_config
 from dittocache.demo.tiny import save_tiny
@@ -140,10 +141,10 @@ def test_plan_in_words_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixture
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(settings))
     assert cli.run(["plan", "--config", str(file)]) == 0
-    assert "2 samples need 14 records: 0 are cached" in capsys.readouterr().out
+    assert "2 samples need 13 records: 0 are cached" in capsys.readouterr().out
     assert cli.run(["plan", "--config", str(file), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["hits"], found["misses"]) == (0, 14)
+    assert (found["hits"], found["misses"]) == (0, 13)
     assert not (tmp_path / "runs").exists()
     assert cli.run(["plan", "--config", str(file), "--data.path", str(tmp_path / "none")]) == 2
     assert "is not a folder" in capsys.readouterr().err

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dittocache.data import digests
-from dittocache.data.digests import ContentIndex, Snapshot, text_digest
+from dittocache.data.digests import ContentIndex, text_digest
+from dittocache.data.snapshot import Snapshot
 from dittocache.errors import DataError, StoreUnavailableError
 
 
@@ -21,13 +22,13 @@ from dittocache.errors import DataError, StoreUnavailableError
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were read, in order."""
     read: list[str] = []
-    real = digests._hash
+    real = digests.hash_file
 
     def recording(file: Path) -> str:
         read.append(file.name)
         return real(file)
 
-    monkeypatch.setattr(digests, "_hash", recording)
+    monkeypatch.setattr(digests, "hash_file", recording)
     return read
 
 
@@ -102,7 +103,7 @@ def test_a_file_that_changes_while_it_is_read_has_no_digest(tmp_path: Path, monk
         file.write_bytes(b"more content")
         return "0" * 32
 
-    monkeypatch.setattr(digests, "_hash", grow)
+    monkeypatch.setattr(digests, "hash_file", grow)
     with pytest.raises(DataError, match="a changed while it was read"):
         ContentIndex(tmp_path / "index.json").digest(tmp_path / "a")
 
@@ -172,3 +173,23 @@ def test_a_snapshot_looks_at_each_file_once_and_tells_when_it_changed(tmp_path: 
     assert snapshot.changed_since(file)
     file.unlink()
     assert snapshot.changed_since(file)
+
+
+@pytest.mark.usefixtures("settled")
+def test_large_files_are_read_ahead_with_progress_and_only_once(
+    tmp_path: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digests, "_LARGE_BYTES", 100)
+    files = [tmp_path / name for name in ("a", "b", "c")]
+    for number, file in enumerate(files):
+        file.write_bytes(bytes([number]) * 1000 * (number + 1))
+    told: list[tuple[int, int]] = []
+    index = ContentIndex(tmp_path / "index.json", lambda done, total: told.append((done, total)))
+    index.read_ahead([*files, tmp_path / "gone"])
+    assert sorted(hashed) == ["a", "b", "c"] and told[-1] == (6000, 6000)
+    assert [index.digest(file) for file in files] == [blake3(file.read_bytes()).hexdigest(length=16) for file in files]
+    index.save()
+    again = ContentIndex(tmp_path / "index.json")
+    again.read_ahead(files)
+    assert [again.digest(file) for file in files] == [index.digest(file) for file in files]
+    assert len(hashed) == 3

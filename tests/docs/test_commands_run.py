@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from tests.docs.test_commands import PAGES, ROOT, commands
 
-from dittocache import cli, main
+from dittocache import main
+from dittocache.cli import app as cli
 from dittocache.demo.tiny import save_tiny
 
 OWN_DATA = Path("data/my-edit")  # the data set that the pages speak of
@@ -22,7 +23,11 @@ def page_commands() -> list[Any]:
     pages: dict[str, list[list[str]]] = {page.name: [] for page in PAGES}
     for parameter in commands():
         words = parameter.values[0]
-        if words[0] == "dittocache" or words[:3] == ["python", "-m", "dittocache.main"]:
+        if words[0] == "dittocache" or words[:3] == [
+            "python",
+            "-m",
+            "dittocache.main",
+        ]:  # torchrun has tests of its own
             pages[str(parameter.id).split(":")[0]].append(words)
     return [pytest.param(found, id=page) for page, found in pages.items() if found]
 
@@ -58,10 +63,17 @@ def test_every_command_of_a_page_is_carried_out(page: list[list[str]], workplace
         "held_out": "null",
         "cache.cache_dir": "cache",
         "cache.devices": "{}",
+        "cache.num_workers": "0",
+        "cache.workers": "1",
         "train.steps": "2",
         "generate.num_inference_steps": "3",
     }
     overrides = [word for name, value in small.items() for word in (f"--{name}", value)]
+    if any("qflux_cache" in words for words in page):
+        elsewhere = [*overrides, "--cache.cache_dir", "before", "--name", "before"]
+        assert cli.run(["cache", "--config", "configs/qwen-image-edit-plus.yaml", *elsewhere]) == 0
+        exported = ["cache", "export", "qflux_cache", "--config", "configs/qwen-image-edit-plus.yaml", *elsewhere]
+        assert cli.run(exported) == 0
     for words in page:
         run = cli.run if words[0] == "dittocache" else main.main
         arguments = words[1:] if words[0] == "dittocache" else words[3:]
@@ -69,6 +81,8 @@ def test_every_command_of_a_page_is_carried_out(page: list[list[str]], workplace
     did = {words[1] for words in page if words[0] == "dittocache"}
     runs = [path for path in (workplace / "runs").glob("*") if path.is_dir()]
     assert runs or did == {"plan"}
+    if "qflux_cache" in str(page):
+        assert list(workplace.glob("for_qflux/metadata/*.json")) and list(workplace.glob("per_sample/*.safetensors"))
     if "train" in did:
         assert list((workplace / "runs").glob("*/lora/pytorch_lora_weights.safetensors"))
         assert list((workplace / "cache").rglob("*.safetensors"))

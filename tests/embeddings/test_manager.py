@@ -15,6 +15,7 @@ from PIL import Image
 from tests.embeddings.toy_family import picture
 
 from dittocache import CacheError, DataError, EmbeddingCacheManager, RecordCorruptError, check_cache_exists
+from dittocache.embeddings.foreign import hashing
 
 HASH_MAPS = {  # as in the spec
     "image_latents": "image_hash",
@@ -132,6 +133,17 @@ def test_another_picture_of_the_same_size_has_another_hash(tmp_path: Path) -> No
     picture(file, "second")
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert file.stat().st_size == status.st_size
+    assert manager.get_hash(file) != before
+
+
+def test_a_second_change_within_one_tick_of_the_clock_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On file systems with coarse times a file may change twice and look the same."""
+    manager = EmbeddingCacheManager(tmp_path)
+    file = picture(tmp_path / "a.bmp", "first")
+    status = hashing.status_of(file)
+    monkeypatch.setattr(hashing, "status_of", lambda path: status)
+    before = manager.get_hash(file)
+    picture(file, "second")
     assert manager.get_hash(file) != before
 
 
@@ -366,5 +378,5 @@ def test_what_a_killed_writer_left_is_cleared(tmp_path: Path, sample: dict[str, 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, sample: dict[str, Any]) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     manager = EmbeddingCacheManager(tmp_path / "cache")
-    with pytest.raises(CacheError, match="cannot be written .*choose another folder"):
+    with pytest.raises(CacheError, match="cannot be written .*choose another cache_dir"):
         save(manager, sample, embeddings())

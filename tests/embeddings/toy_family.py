@@ -19,28 +19,45 @@ from dittocache.data.sample import Sample
 from dittocache.embeddings.encoding.encode import EncodeResult, encode_missing
 from dittocache.embeddings.planning.manifest import Manifest
 from dittocache.embeddings.planning.plan import Plan, make_plan
+from dittocache.embeddings.store.storage import Storage
 from dittocache.embeddings.store.store import Store
 from dittocache.errors import DataError
 from dittocache.events import EventLog
-from dittocache.families.base import Artifact, ArtifactInput, Sizes, Tensors
+from dittocache.families.base import Artifact, ArtifactInput, Batching, Sizes, Tensors
+from dittocache.families.pictures import PictureRequest, Pictures, resized_picture
 
 ENCODERS = ("vae", "text_encoder", None)
+
+
+class ToyVae:
+    use_tiling = False
+
+    def enable_tiling(self) -> None:
+        self.use_tiling = True
+
+    def disable_tiling(self) -> None:
+        self.use_tiling = False
 
 
 @dataclass
 class ToyPipeline:
     weights: dict[str, bytes]
     dtype: torch.dtype
+    vae: ToyVae = field(default_factory=ToyVae)
 
 
 @dataclass
 class ToyFamily:
-    """A family with a VAE and a text encoder, and a log of what they encoded."""
+    """A family with a VAE and a text encoder, and a log of what they encoded.
+
+    `memory` samples fit an encoder at once; the `large` ones only where the VAE takes them in tiles.
+    """
 
     log: Path
     seconds: float = 0.0
     memory: int = 1000
     template: str = "Describe: {}"
+    large: frozenset[str] = frozenset()
     name: str = "toy"
     pipeline_class_name: str = "ToyPipeline"
     encoders: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"vae": (), "text_encoder": ("tokenizer",)})
@@ -48,7 +65,7 @@ class ToyFamily:
     lora_targets: tuple[str, ...] = ()
     transformer: Any = None
 
-    def artifacts(self, sample: Sample, sizes: Sizes) -> list[Artifact]:
+    def artifacts(self, sample: Sample, sizes: Sizes, size_of: Any = None) -> list[Artifact]:
         controls = tuple(ArtifactInput("control", file=path) for path in sample.controls)
         target = (ArtifactInput("target", file=sample.target),)
         prompt = (*controls, ArtifactInput("prompt", text=sample.prompt))
@@ -70,15 +87,35 @@ class ToyFamily:
         folders = [Path(model, name) for name in components]
         return ToyPipeline({f.name: b"".join(p.read_bytes() for p in sorted(f.glob("*.s*"))) for f in folders}, dtype)
 
+    def pictures(
+        self, encoder: str | None, sample: Sample, sizes: Sizes, wanted: Collection[str] | None = None
+    ) -> list[PictureRequest]:
+        paths = [one.file for a in self.artifacts(sample, sizes) for one in a.inputs if a.encoder == encoder]
+        return [PictureRequest(path, size=(8, 8)) for path in dict.fromkeys(paths) if path is not None]
+
     def encode(
-        self, pipe: ToyPipeline | None, encoder: str | None, samples: Sequence[Sample], sizes: Sizes
+        self,
+        pipe: ToyPipeline | None,
+        encoder: str | None,
+        samples: Sequence[Sample],
+        sizes: Sizes,
+        *,
+        wanted: Sequence[Collection[str]] | None = None,
+        pictures: Pictures = resized_picture,
+        together: bool = False,
     ) -> list[Tensors]:
         if encoder is not None and len(samples) > self.memory:
             raise torch.OutOfMemoryError("toy device: out of memory")
+        if pipe is not None and not pipe.vae.use_tiling and self.large & {sample.name for sample in samples}:
+            raise torch.OutOfMemoryError("toy device: out of memory")
         encoded = []
-        for sample in samples:
+        for index, sample in enumerate(samples):
             time.sleep(self.seconds if encoder else 0)
-            encoded.append(self._tensors(pipe, encoder, sample, sizes))
+            for request in self.pictures(encoder, sample, sizes):
+                assert pictures(request).size == (8, 8)
+            tensors = self._tensors(pipe, encoder, sample, sizes)
+            names = tensors.keys() if wanted is None else wanted[index]
+            encoded.append({name: tensor for name, tensor in tensors.items() if name in names})
             self._log("encode", [encoder, sample.name])
         return encoded
 
@@ -104,7 +141,7 @@ class ToyFamily:
                 continue
             parts = [artifact.name.removesuffix("_mask"), json.dumps(dict(artifact.transform))]
             parts += [_content(one) for one in artifact.inputs]
-            if pipe is None:
+            if encoder is None or pipe is None:
                 tensors[artifact.name] = torch.tensor([[1, *sample.size]], dtype=torch.int32)
                 continue
             seed = blake3("\0".join(parts).encode() + pipe.weights[str(encoder)]).digest()[:4]
@@ -145,11 +182,15 @@ class Job:
     dtype: torch.dtype = torch.bfloat16
     sizes: Sizes = field(default_factory=lambda: Sizes(64, 32))
     template: str = "Describe: {}"
+    large: frozenset[str] = frozenset()
+    batching: Batching = "exact"
+    storage: Storage = field(default_factory=Storage)
+    options: dict[str, Any] = field(default_factory=dict)
     previous: Manifest | None = None
 
     @property
     def family(self) -> ToyFamily:
-        return ToyFamily(self.folder / "log", self.seconds, self.memory, self.template)
+        return ToyFamily(self.folder / "log", self.seconds, self.memory, self.template, self.large)
 
     @property
     def model(self) -> Path:
@@ -163,14 +204,22 @@ class Job:
         index = ContentIndex(self.folder / "cache" / "content-index.json")
         samples = self.samples
         return make_plan(
-            samples, self.family, self.sizes, self.model, self.dtype, self.store, index, previous=self.previous
+            samples,
+            self.family,
+            self.sizes,
+            self.model,
+            self.dtype,
+            self.store,
+            index,
+            previous=self.previous,
+            storage=self.storage,
+            batching=self.batching,
         )
 
     def encode(self, plan: Plan, encoders: Sequence[str | None] = ENCODERS) -> EncodeResult:
         log = EventLog(self.folder / "events.jsonl", "cache")
-        return encode_missing(
-            plan, encoders, self.family, self.model, self.dtype, "cpu", self.batch_size, self.store, log
-        )
+        where = (self.model, self.dtype, "cpu", self.batch_size, self.store, log)
+        return encode_missing(plan, encoders, self.family, *where, **self.options)
 
     def cache(self) -> EncodeResult:
         """Plan and encode, as one process would; keeps the manifest for the next time."""
@@ -181,7 +230,7 @@ class Job:
 
     def expected(self) -> dict[str, Tensors]:
         """What every sample's tensors must be, computed without any cache."""
-        unlogged = replace(self.family, log=Path(os.devnull), seconds=0.0)
+        unlogged = replace(self.family, log=Path(os.devnull), seconds=0.0, memory=1000, large=frozenset())
         tensors: dict[str, Tensors] = {sample.name: {} for sample in self.samples}
         for encoder, beside in (*unlogged.encoders.items(), (None, ())):
             pipe = unlogged.load_pipeline(str(self.model), [encoder, *beside], self.dtype, "cpu") if encoder else None

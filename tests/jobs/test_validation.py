@@ -35,7 +35,7 @@ def test_a_sound_run_says_what_it_will_encode(config: RunConfig) -> None:
         results |= event
     assert (results["samples"], results["held_out"], results["family"]) == (4, 2, "qwen-image-edit-plus")
     assert results["cached"] == {}
-    assert results["plan"]["misses"] == 28
+    assert results["plan"]["misses"] == 25
     assert results["artifacts"]["image_latents"] == {"encoder": "vae", "records": 4, "missing": 4}
     assert not (config.run_dir / "manifest.json").exists()
 
@@ -106,6 +106,12 @@ def test_too_little_disk_for_the_missing_records(config: RunConfig, monkeypatch:
     monkeypatch.setattr(validation, "needed_bytes", lambda plan: 10**18)
     with pytest.raises(ConfigError, match=r"cache\.cache_dir: about 1000000000\.0 GB are needed"):
         validate(RunInputs(config, config.run_dir), EventLog(config.run_dir / "events.jsonl", "validate"))
+
+
+def test_the_first_run_is_told_what_its_records_will_take(config: RunConfig) -> None:
+    plan = RunInputs(config, config.run_dir).plan()
+    assert plan.hits == 0 and plan.bytes_to_write is not None
+    assert validation.needed_bytes(plan) == plan.bytes_to_write.total > 10_000
 
 
 def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

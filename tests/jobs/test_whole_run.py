@@ -56,7 +56,7 @@ def carry_out(config: RunConfig, *stages: str, listener: Any = None) -> dict[str
 def test_from_data_set_to_report(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measurement, "MEASURED_STEPS", 2)
     found = carry_out(config, *STAGES)
-    assert found["cache_latents"]["encoded"] == 12
+    assert found["cache_latents"]["encoded"] == 9
     assert found["cache_text"]["encoded"] == 16
     assert found["train"]["steps"] == 3
     assert found["measure"]["cached"]["seconds_per_step"] > 0
@@ -82,12 +82,12 @@ def test_from_data_set_to_report(config: RunConfig, monkeypatch: pytest.MonkeyPa
 def test_a_second_run_encodes_nothing_and_a_new_caption_only_its_own(config: RunConfig) -> None:
     carry_out(config, "validate", "cache_latents", "cache_text")
     again = carry_out(config, "validate", "cache_latents", "cache_text")
-    assert again["validate"]["cached"] == {"cache_latents": 12, "cache_text": 16}
+    assert again["validate"]["cached"] == {"cache_latents": 9, "cache_text": 16}
     assert again["cache_latents"]["encoded"] == again["cache_text"]["encoded"] == 0
 
     (config.data.path / "training_images" / "edit-2.txt").write_text("something else\n")
     third = carry_out(config, "validate", "cache_latents", "cache_text")
-    assert third["validate"]["cached"] == {"cache_latents": 12}
+    assert third["validate"]["cached"] == {"cache_latents": 9}
     assert third["cache_text"]["encoded"] == 2  # the prompt's embeddings and their mask; the empty prompt's stay
     assert third["cache_text"]["reused"] == 14
 

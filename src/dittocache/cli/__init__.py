@@ -1,5 +1,1 @@
-"""The command line."""
-
-from dittocache.cli.app import app, main, run
-
-__all__ = ["app", "main", "run"]
+"""The command line: `dittocache COMMAND`. It reads words, starts jobs, prints; no logic."""

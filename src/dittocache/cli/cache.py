@@ -1,13 +1,19 @@
-"""`dittocache cache ...`: fill the embedding cache, look into it, keep it in order."""
+"""`dittocache cache ...`: fill the embedding cache, see what is in it, bring in and take out caches of other tools."""
 
 from __future__ import annotations
 
+import difflib
 import json as json_text
+from pathlib import Path
+from typing import Literal
 
 from cyclopts import App
 
+from dittocache.cli import cache_care
 from dittocache.cli.shared import ConfigFile, Flag, Overrides, load_settings, say, settings_help, start_job
+from dittocache.errors import ConfigError
 from dittocache.jobs.stages import CACHE
+from dittocache.jobs.terminal import TerminalListener
 
 cache_app = App(
     name="cache",
@@ -25,8 +31,13 @@ def cache(*settings: Overrides, config: ConfigFile = None) -> None:
     config
         The run's settings, a YAML file such as configs/qwen-image-edit-plus.yaml. Required.
     settings
-        Any setting, such as `--cache.batch_size 8`.
+        Any setting, such as `--cache.text_batch_size 8`.
     """
+    if settings and not settings[0].startswith("-"):
+        commands = sorted(name for name in cache_app if not name.startswith("-"))
+        near = difflib.get_close_matches(settings[0], commands, n=1)
+        meant = f", did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"`dittocache cache` has no command {settings[0]!r}{meant}; it has: {', '.join(commands)}")
     start_job(load_settings(config, settings), CACHE)
 
 
@@ -51,3 +62,78 @@ def plan(*settings: Overrides, config: ConfigFile = None, json: Flag = False) ->
     settings_of_run = load_settings(config, settings)
     found = RunInputs(settings_of_run, settings_of_run.run_dir).plan()
     say(json_text.dumps(found.as_dict(), indent=2) if json else found.describe())
+
+
+@cache_app.command(name="import")
+def import_(
+    tool: Literal["qflux", "musubi"],
+    folder: Path,
+    *settings: Overrides,
+    config: ConfigFile = None,
+    check: int = 0,
+    dry_run: Flag = False,
+    json: Flag = False,
+) -> None:
+    """Take over what qflux or musubi-tuner has cached, and say loudly what of it could not be verified.
+
+    Parameters
+    ----------
+    tool
+        Whose cache it is.
+    folder
+        Its cache folder: qflux's `cache_dir`, musubi-tuner's `cache_directory`.
+    config
+        The run that shall use it: data set, model, sizes. Required.
+    check
+        Encode so many samples with the run's own encoders and compare before anything is written.
+    dry_run
+        Only look.
+    json
+        Print JSON for programs instead of words.
+    settings
+        Any setting, such as `--data.path my-edits`.
+    """
+    from dittocache.jobs.cache_exchange import import_cache
+
+    with TerminalListener() as listener:
+        found = import_cache(load_settings(config, settings), tool, folder, listener, check=check, dry_run=dry_run)
+    say(json_text.dumps(found.as_dict(), indent=2) if json else found.describe())
+
+
+@cache_app.command
+def export(
+    folder: Path,
+    *settings: Overrides,
+    config: ConfigFile = None,
+    format: Literal["pt", "safetensors"] = "pt",
+    layout: Literal["qflux", "flat"] = "qflux",
+    dry_run: Flag = False,
+    json: Flag = False,
+) -> None:
+    """Write the run's cached tensors as files for other tools.
+
+    Parameters
+    ----------
+    folder
+        Where to write; an interrupted export goes on there.
+    config
+        The run whose cache it is. Required.
+    format
+        `pt` (torch.save) or `safetensors`.
+    layout
+        `qflux`: ARTIFACT/HASH and metadata/, as qflux reads it; `flat`: one file for each sample.
+    dry_run
+        Only say how much it would be.
+    json
+        Print JSON for programs instead of words.
+    settings
+        Any setting, such as `--name my-run`.
+    """
+    from dittocache.jobs.cache_exchange import export_cache
+
+    with TerminalListener() as listener:
+        done = export_cache(load_settings(config, settings), folder, listener, format, layout, dry_run=dry_run)
+    say(json_text.dumps(done.as_dict(), indent=2) if json else done.describe())
+
+
+cache_care.add_to(cache_app)

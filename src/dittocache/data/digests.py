@@ -15,7 +15,9 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +29,10 @@ DIGEST_BYTES = 16
 INDEX_VERSION = 1
 GRANULARITY_NS = 2_000_000_000
 _CHUNK_BYTES = 4 * 1024 * 1024
+_LARGE_BYTES = 64 * 1024 * 1024
+_READERS = 4
+
+Progress = Callable[[int, int], None]
 
 Status = tuple[int, int, int]  # size in bytes, mtime and ctime in nanoseconds
 _Entry = tuple[int, int, int, int, str]  # status, time at which reading began (ns), digest
@@ -45,10 +51,12 @@ class ContentIndex:
 
     Args:
         path: the index; it need not exist. A damaged one is started afresh: only time is lost.
+        progress: told of large reads, as (bytes read, bytes in all): weights take a while the first time.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, progress: Progress | None = None) -> None:
         self.path = path
+        self._progress = progress
         self._known = _read_index(path)
         self._fresh: dict[str, _Entry] = {}
 
@@ -64,11 +72,36 @@ class ContentIndex:
         if entry is not None and entry[:3] == status and _settled(status, entry[3]):
             return status, entry[4]
         began = time.time_ns()
-        digest = _hash(file)
+        digest = hash_file(file)
         if status_of(file) != status:
             raise DataError(f"{file} changed while it was read; wait until it is complete, then start again")
         self._fresh[name] = (*status, began, digest)
         return status, digest
+
+    def read_ahead(self, files: Sequence[Path]) -> None:
+        """Read those of the files that are not known, several at once; `digest` tells of problems later."""
+        unknown = [file for file in files if not self._is_known(file)]
+        total, done = sum(_length(file) for file in unknown), 0
+
+        def read(file: Path) -> int:
+            with suppress(DataError):  # whoever asks for this file is told
+                self.digest(file)
+            return _length(file)
+
+        if len(unknown) > 1 or total > _LARGE_BYTES:
+            with ThreadPoolExecutor(_READERS, thread_name_prefix="digests") as readers:
+                for count in readers.map(read, unknown):
+                    done += count
+                    if self._progress is not None and total > _LARGE_BYTES:
+                        self._progress(done, total)
+
+    def _is_known(self, file: Path) -> bool:
+        name = os.path.abspath(file)
+        entry = self._fresh.get(name) or self._known.get(name)
+        try:
+            return entry is not None and entry[:3] == (status := status_of(file)) and _settled(status, entry[3])
+        except DataError:
+            return False
 
     def save(self) -> None:
         """Write what was learnt, together with what other processes wrote meanwhile; atomic.
@@ -93,27 +126,6 @@ class ContentIndex:
         self._known, self._fresh = files, {}
 
 
-class Snapshot:
-    """Digests as of one moment: each file is looked at once, however many artifacts depend on it."""
-
-    def __init__(self, index: ContentIndex) -> None:
-        self._index = index
-        self._seen: dict[Path, tuple[Status, str]] = {}
-
-    def digest(self, file: Path) -> str:
-        """As `ContentIndex.digest`."""
-        if file not in self._seen:
-            self._seen[file] = self._index.status_and_digest(file)
-        return self._seen[file][1]
-
-    def changed_since(self, file: Path) -> bool:
-        """Whether the file is gone or another than the one whose digest was given."""
-        try:
-            return status_of(file) != self._seen[file][0]
-        except DataError:
-            return True
-
-
 def text_digest(text: str) -> str:
     """blake3 of the text's UTF-8 bytes, 128 bits as 32 hex digits."""
     return str(blake3(text.encode("utf-8", "surrogatepass")).hexdigest(length=DIGEST_BYTES))
@@ -128,13 +140,22 @@ def status_of(file: Path) -> Status:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
+def _length(file: Path) -> int:
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return 0
+
+
 def _settled(status: Status, read_at_ns: int) -> bool:
     """Whether the file had been left alone for longer than the clock's granularity when it was read."""
     return max(status[1], status[2]) + GRANULARITY_NS < read_at_ns
 
 
-def _hash(file: Path) -> str:
-    hasher = blake3()
+def hash_file(file: Path) -> str:
+    """blake3 of the content, 128 bits as 32 hex digits; raises DataError when the file cannot be read."""
+    # Threads cost more than they save on pictures; on a file of gigabytes they do not.
+    hasher = blake3(max_threads=blake3.AUTO) if _length(file) > _LARGE_BYTES else blake3()
     try:
         with open(file, "rb", buffering=0) as stream:
             while chunk := stream.read(_CHUNK_BYTES):

@@ -8,36 +8,42 @@
 
 Without a folder of control pictures the set is for text to image. Targets may lie in sub-folders; controls then lie in
 sub-folders of the same names. Endings may be those of `pictures.ENDINGS`, in any mixture.
+
+With a folder for its memory, what was read of an unchanged file is not read again (`file_table.py`).
 """
 
 from __future__ import annotations
 
-import os
-import re
-import unicodedata
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
 
-from dittocache.data.buckets import bucket_size
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+from dittocache.data.columns import Columns, load_columns, save_columns
 from dittocache.data.config import DataConfig
-from dittocache.data.pictures import ENDINGS, picture_size
-from dittocache.data.sample import Sample
+from dittocache.data.digests import DIGEST_BYTES
+from dittocache.data.file_table import FileTable
+from dittocache.data.folder_layout import ABSENT, FolderLayout, find_layout
+from dittocache.data.folder_samples import FolderSamples
+from dittocache.data.pictures import ENDINGS
 from dittocache.errors import DataError
 
 TARGET_FOLDERS = ("training_images", "images", "target_images", "target", "targets")
 CONTROL_FOLDERS = ("control_images", "control", "condition_images", "controls")
-_FURTHER_CONTROL = re.compile(r"(?P<base>.+)_control_(?P<number>\d+)")
-_MASK = re.compile(r"(?P<base>.+)_mask")
+MEMORY_VERSION = 1
+CAPTION_ENDING = ".txt"
 
 
-def load_folder(config: DataConfig, size_multiple: int) -> list[Sample]:
+def load_folder(config: DataConfig, size_multiple: int, memory: Path | None = None) -> FolderSamples:
     """The samples of `config.path` in the order of their names, each with the (width, height) of its bucket.
 
     Args:
         config: where the set is, and its resolution in pixels.
         size_multiple: the sides of buckets are multiples of this many pixels (`Family.size_multiple`).
+        memory: folder in which what is read is remembered for the next time; a damaged memory is started afresh, one
+            that cannot be written is noted in `FolderSamples.notes`.
 
     Raises DataError listing every problem of the set: missing or empty captions, pictures that cannot be read, missing
     controls, no samples at all.
@@ -52,131 +58,83 @@ def load_folder(config: DataConfig, size_multiple: int) -> list[Sample]:
             f"the data set {config.path} has no folder of target pictures; expected one of "
             f"{', '.join(TARGET_FOLDERS)} inside it"
         )
-    targets = _FolderOfPictures.listed(target_folder, problems)
-    controls = None if control_folder is None else _FolderOfPictures.listed(control_folder, problems)
-    samples = []
-    for name, target in sorted(targets.pictures.items()):
-        if targets.accompanies_another(name):
-            continue
-        sample = _sample(name, target, targets, controls, config, size_multiple, problems)
-        if sample is not None:
-            samples.append(sample)
-    if not samples and not problems:
+    folders = [target_folder, *([control_folder] if control_folder is not None else [])]
+    table = FileTable.scanned(config.path, folders, lambda ending: ending not in ENDINGS and ending != CAPTION_ENDING)
+    memory_file = None if memory is None else _memory_file(memory, config.path)
+    known, known_layout = _remembered(memory_file, config.path)
+    table.learn(known)
+    controls_prefix = None if control_folder is None else f"{control_folder.name}/"
+    if known_layout is not None and known.names == table.names:
+        layout = known_layout
+    else:
+        layout = find_layout(table, f"{target_folder.name}/", controls_prefix, problems)
+    samples = FolderSamples(table, layout, config.resolution, size_multiple, memory)
+    problems += _problems(samples, control_folder)
+    if not problems and not len(samples):
         problems.append(f"{target_folder} holds no picture; expected files ending in {', '.join(sorted(ENDINGS))}")
+    if table.altered and memory_file is not None:
+        # A layout with problems is found again, and they with it.
+        samples.notes += _remember(memory_file, table, layout if not problems else None)
     if problems:
         raise DataError(f"the data set {config.path} has {len(problems)} problem(s)", problems)
     return samples
 
 
-@dataclass(frozen=True)
-class _FolderOfPictures:
-    """The files of one folder by name: the path inside it without its ending, in Unicode's composed form (NFC)."""
-
-    path: Path
-    pictures: Mapping[str, Path]
-    captions: Mapping[str, Path]
-
-    @classmethod
-    def listed(cls, path: Path, problems: list[str]) -> _FolderOfPictures:
-        """List the folder and its sub-folders; hidden files (`.DS_Store`, `._x.png`) are no part of a set."""
-        pictures: dict[str, Path] = {}
-        captions: dict[str, Path] = {}
-        for folder, subfolders, files in os.walk(path, followlinks=True):
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            for file in sorted(files):
-                found = Path(folder, file)
-                ending = found.suffix.lower()
-                if file.startswith(".") or (ending not in ENDINGS and ending != ".txt"):
-                    continue
-                if not _is_text(str(found)):
-                    problems.append(f"{str(found)!r}: the file name is not valid Unicode; rename the file")
-                    continue
-                listing = captions if ending == ".txt" else pictures
-                # A set that was zipped on macOS has decomposed names for some files and composed ones for others.
-                name = unicodedata.normalize("NFC", found.relative_to(path).with_suffix("").as_posix())
-                if name in listing:
-                    problems.append(f"{found}: {listing[name].name} has the same name; rename or remove one of them")
-                else:
-                    listing[name] = found
-        return cls(path, pictures, captions)
-
-    def accompanies_another(self, name: str) -> bool:
-        """Whether this picture is a further control or the mask of another picture of this folder."""
-        if name in self.captions:
-            return False
-        match = _FURTHER_CONTROL.fullmatch(name) or _MASK.fullmatch(name)
-        return match is not None and match["base"] in self.pictures
-
-    @cached_property
-    def further_controls(self) -> Mapping[str, Sequence[Path]]:
-        """Pictures named `x_control_N`, by `x` and in the order of N as a number."""
-        numbered: dict[str, list[tuple[int, Path]]] = {}
-        for name, picture in self.pictures.items():
-            match = _FURTHER_CONTROL.fullmatch(name)
-            if match is not None:
-                numbered.setdefault(match["base"], []).append((int(match["number"]), picture))
-        return {base: [picture for _, picture in sorted(pictures)] for base, pictures in numbered.items()}
-
-    def controls_of(self, name: str) -> tuple[Path, ...]:
-        """The control pictures of the target `name`: `x`, then `x_control_N` in order."""
-        first = [self.pictures[name]] if name in self.pictures else []
-        return (*first, *self.further_controls.get(name, ()))
+def save_memory(samples: FolderSamples) -> None:
+    """Remember what was learnt about the files since they were loaded, if they were loaded with a memory."""
+    if samples.table.altered and samples.memory is not None:
+        file = _memory_file(samples.memory, samples.table.root)
+        samples.notes += _remember(file, samples.table, samples.layout)
 
 
-def _sample(
-    name: str,
-    target: Path,
-    targets: _FolderOfPictures,
-    controls: _FolderOfPictures | None,
-    config: DataConfig,
-    size_multiple: int,
-    problems: list[str],
-) -> Sample | None:
-    """One sample, or None after its problems were added to `problems`."""
-    found_before = len(problems)
-    prompt = _caption(target, targets.captions.get(name), problems)
-    masks = [folder.pictures.get(f"{name}_mask") for folder in (targets, controls) if folder is not None]
-    mask = next((picture for picture in masks if picture is not None), None)
-    control_pictures: tuple[Path, ...] = ()
-    if controls is not None:
-        control_pictures = controls.controls_of(name)
-        if not control_pictures:
-            problems.append(f"{target}: no control picture {name}.* in {controls.path}")
-    size = _size(target, problems)
-    for picture in (*control_pictures, *([mask] if mask else [])):
-        _size(picture, problems)
-    if len(problems) > found_before or size is None:
-        return None
-    return Sample(
-        name=name,
-        target=target,
-        controls=control_pictures,
-        prompt=prompt,
-        size=bucket_size(*size, config.resolution, size_multiple),
-        mask=mask,
-    )
+def _problems(samples: FolderSamples, control_folder: Path | None) -> list[str]:
+    """Read what is not known of the files that samples are made of, and tell what is wrong with them."""
+    table, layout = samples.table, samples.layout
+    pictures = np.concatenate([layout.targets, layout.controls, layout.masks[layout.masks != ABSENT]])
+    table.read_sizes(pictures)
+    unread: npt.NDArray[np.bool_] = np.logical_not(table.sizes.all(axis=1))
+    wanting = layout.captions == ABSENT
+    wanting |= unread[layout.targets] | ((layout.masks != ABSENT) & unread[layout.masks])
+    controls = np.diff(layout.control_starts)
+    if control_folder is not None:
+        wanting |= controls == 0
+    bad_controls = np.repeat(np.arange(len(layout.names)), controls)[unread[layout.controls]]
+    wanting[bad_controls] = True
+    has_text = np.zeros(len(table.names), np.bool_)
+    has_text[[row for row, text in table.texts.items() if text]] = True
+    wanting |= ~has_text[layout.captions]
+    problems: list[str] = []
+    for number in np.flatnonzero(wanting).tolist():
+        problems += _sample_problems(samples, number, control_folder)
+    return problems
 
 
-def _caption(target: Path, caption: Path | None, problems: list[str]) -> str:
-    if caption is None:
-        problems.append(f"{target}: no caption; expected it in {target.with_suffix('.txt').name} beside it")
-        return ""
+def _sample_problems(samples: FolderSamples, number: int, control_folder: Path | None) -> list[str]:
+    table, layout = samples.table, samples.layout
+    target = table.path(int(layout.targets[number]))
+    found = _caption_problems(table, int(layout.captions[number]), target)
+    controls = layout.controls_of(number)
+    if control_folder is not None and not controls:
+        found.append(f"{target}: no control picture {layout.names[number]}.* in {control_folder}")
+    mask = int(layout.masks[number])
+    for row in (int(layout.targets[number]), *controls, *([mask] if mask != ABSENT else [])):
+        try:
+            table.size(row)
+        except DataError as error:
+            found.append(str(error))
+    return found
+
+
+def _caption_problems(table: FileTable, caption: int, target: Path) -> list[str]:
+    if caption == ABSENT:
+        return [f"{target}: no caption; expected it in {target.with_suffix(CAPTION_ENDING).name} beside it"]
     try:
-        words = caption.read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"{caption}: the caption cannot be read as UTF-8 ({error})")
-        return ""
-    if not words:
-        problems.append(f"{caption}: the caption is empty")
-    return words
-
-
-def _size(picture: Path, problems: list[str]) -> tuple[int, int] | None:
-    try:
-        return picture_size(picture)
+        words = table.text(caption)
     except DataError as error:
-        problems.append(str(error))
-        return None
+        return [str(error)]
+    except (OSError, UnicodeDecodeError) as error:
+        return [f"{table.path(caption)}: the caption cannot be read as UTF-8 ({error})"]
+    return [] if words else [f"{table.path(caption)}: the caption is empty"]
 
 
 def _layout_folder(path: Path, names: Sequence[str], problems: list[str]) -> Path | None:
@@ -192,10 +150,35 @@ def _layout_folder(path: Path, names: Sequence[str], problems: list[str]) -> Pat
     return present[0] if present else None
 
 
-def _is_text(name: str) -> bool:
-    """Whether the operating system's bytes for this name are text, so that names can be written to JSON."""
+def _memory_file(memory: Path, folder: Path) -> Path:
+    name = blake3(str(folder.resolve()).encode("utf-8", "surrogatepass")).hexdigest(length=DIGEST_BYTES)
+    return memory / f"files-{name}.columns"
+
+
+def _remembered(memory: Path | None, root: Path) -> tuple[FileTable, FolderLayout | None]:
+    """What an earlier load has left; nothing when there is none, or it is damaged or of another version."""
+    nothing = FileTable.scanned(root, [], lambda _: True), None
+    if memory is None:
+        return nothing
     try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        head, columns = load_columns(memory)
+        if head["version"] != MEMORY_VERSION:
+            return nothing
+        table = FileTable.from_columns(root, head["files"], columns)
+        layout = None if head["layout"] is None else FolderLayout.from_columns(head["layout"], columns)
+    except (OSError, ValueError, KeyError, TypeError):
+        return nothing  # everything in it can be read again
+    return table, layout
+
+
+def _remember(memory: Path, table: FileTable, layout: FolderLayout | None) -> list[str]:
+    """Save what is known; a memory that cannot be written costs time only, and is told."""
+    files, columns = table.to_columns()
+    layout_head, layout_columns = (None, Columns()) if layout is None else layout.to_columns()
+    head = {"version": MEMORY_VERSION, "files": files, "layout": layout_head}
+    try:
+        save_columns(memory, head, {**columns, **layout_columns})
+    except OSError as error:
+        return [f"the files of {table.root} will be read again next time: {memory} ({error.strerror or error})"]
+    table.altered = False
+    return []

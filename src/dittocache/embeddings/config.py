@@ -41,6 +41,10 @@ class CacheConfig(Settings):
     text_batch_size: int = Field(default=16, ge=1)
     """Samples that a text encoder takes at once; halved when memory runs out."""
 
+    batching: Literal["exact", "together"] = "exact"
+    """`exact`: samples pass an encoder one by one, so that cached training equals live training bit for bit.
+    `together`: samples of one bucket in one call; faster on a GPU, and other in the last bits. They have other keys."""
+
     num_workers: int = Field(default=8, ge=0)
     """Most processes that decode pictures ahead of an encoder; never more than there are cores. 0 decodes in line."""
 
@@ -70,6 +74,12 @@ class CacheConfig(Settings):
     def folder(self) -> Path | None:
         """The store's folder on this machine or a mounted disk; None where `cache_dir` is a URL."""
         return self.cache_dir if isinstance(self.cache_dir, Path) else None
+
+    @property
+    def encodes_in_parallel(self) -> bool:
+        """Whether the VAE and the text encoders have different devices by name, so that both can work at once."""
+        text = {device for name, device in self.devices.items() if name != "vae"}
+        return bool(text) and "vae" in self.devices and self.devices["vae"] not in text
 
     def batch_size_of(self, encoder: str | None) -> int:
         """Samples that an encoder (None: plain facts) takes at once."""

@@ -10,6 +10,7 @@ Change anything in the recipe and the key changes; nothing else changes it. Fiel
     inputs      [{role, content}] in order: digests of files' contents, or of a text's UTF-8 bytes
     transform   resolved settings of the way from file to encoder
     libraries   major.minor of the libraries whose code takes part
+    storage     the form in which the tensor is stored (`storage_field`); absent for the encoder's own dtype
 """
 
 from __future__ import annotations
@@ -32,25 +33,31 @@ Recipe = dict[str, Any]
 
 
 def artifact_recipe(
-    artifact: Artifact, family_name: str, identity: Mapping[str, Any] | None, digests: Digests
+    artifact: Artifact,
+    family_name: str,
+    identity: Mapping[str, Any] | None,
+    digests: Digests,
+    storage: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """The recipe of one artifact of one sample.
 
     Args:
         identity: of the artifact's encoder, by `encoder_identity`; None where no encoder takes part.
         digests: gives the digests of input files.
+        storage: the form in which it is stored; None for the encoder's own dtype.
 
     Raises DataError when an input file cannot be read.
     """
-    return {
+    recipe = {
         "schema": SCHEMA,
         "artifact": artifact.name,
         "family": family_name,
         "encoder": None if identity is None else dict(identity),
-        "inputs": [{"role": one.role, "content": _content(one, digests)} for one in artifact.inputs],
+        "inputs": [{"role": one.role, "content": input_content(one, digests)} for one in artifact.inputs],
         "transform": dict(artifact.transform),
         "libraries": _libraries(identity),
     }
+    return recipe if storage is None else {**recipe, "storage": dict(storage)}
 
 
 def recipe_key(recipe: Mapping[str, Any]) -> str:
@@ -68,7 +75,8 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-def _content(one: ArtifactInput, digests: Digests) -> str:
+def input_content(one: ArtifactInput, digests: Digests) -> str:
+    """`file:` or `text:` and the digest of what an artifact is made from; raises DataError as `artifact_recipe`."""
     if (one.file is None) == (one.text is None):
         raise DataError(f"input {one.role!r} of an artifact must have either a file or a text")
     if one.file is not None:

@@ -14,14 +14,17 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 
+from dittocache.data.pictures import picture_size
 from dittocache.data.sample import Sample
+from dittocache.families.pictures import PictureRequest, Pictures, resized_picture
 
 Tensors = dict[str, torch.Tensor]
+Batching = Literal["exact", "together"]
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,13 @@ class Family(Protocol):
         """The transformer side."""
         ...
 
-    def artifacts(self, sample: Sample, sizes: Sizes) -> Sequence[Artifact]:
-        """The artifacts of `sample`, each with its encoder and the inputs that determine it."""
+    def artifacts(
+        self, sample: Sample, sizes: Sizes, size_of: Callable[[Path], tuple[int, int]] = picture_size
+    ) -> Sequence[Artifact]:
+        """The artifacts of `sample`, each with its encoder and the inputs that determine it.
+
+        `size_of` gives a picture's upright (width, height); a caller that remembers sizes saves reading headers.
+        """
         ...
 
     def load_pipeline(
@@ -115,6 +123,12 @@ class Family(Protocol):
         """
         ...
 
+    def pictures(
+        self, encoder: str | None, sample: Sample, sizes: Sizes, wanted: Collection[str] | None = None
+    ) -> Sequence[PictureRequest]:
+        """The pictures that `encode` will ask for, so that they can be decoded ahead."""
+        ...
+
     def encode(
         self,
         pipe: Any,
@@ -122,15 +136,24 @@ class Family(Protocol):
         samples: Sequence[Sample],
         sizes: Sizes,
         *,
-        empty_prompts: bool = True,
+        wanted: Sequence[Collection[str]] | None = None,
+        pictures: Pictures = resized_picture,
+        together: bool = False,
     ) -> list[Tensors]:
         """The artifacts that `encoder` computes for each sample, by the pipeline's own methods, without a batch axis.
 
         `image_latents` `(N, C)`, `control_latents` `(R, C)`, `prompt_embeds` `(T, D)`, `prompt_embeds_mask` `(T,)`
         bool, `empty_prompt_embeds*` alike, `img_shapes` `(1 + controls, 3)` int32: frames, height and width in packed
         latents.
-        `encoder=None` gives the artifacts that need no encoder. `empty_prompts=False` leaves out the empty ones, for
-        live training without caption dropout.
+
+        Args:
+            encoder: None gives the artifacts that need no encoder.
+            wanted: for each sample the names of the artifacts to compute, all when None: names that another encoder
+                computes are passed over.
+            pictures: gives decoded and resized pictures.
+            together: False passes pictures and prompts one by one, exactly as the pipeline does, so that a tensor
+                does not depend on its company. True passes pictures of one size, and prompts padded to one length,
+                together; the tensors differ by rounding.
         """
         ...
 

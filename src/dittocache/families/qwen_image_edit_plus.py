@@ -7,8 +7,9 @@ makes, so that a cached tensor is the tensor that the pipeline would have comput
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,15 +18,23 @@ from dittocache.data.pictures import picture_size
 from dittocache.data.sample import Sample
 from dittocache.errors import DataError, ModelError
 from dittocache.families.base import Artifact, ArtifactInput, Sizes, Tensors, TrainingInputs, TransformerAdapter
+from dittocache.families.encoding import encode_distinct, is_wanted, without_padding
 from dittocache.families.flow_matching import interpolate, pad_prompts, picture_shapes, stack
 from dittocache.families.loading import load_components
-from dittocache.families.pictures import READING, open_picture
+from dittocache.families.pictures import (
+    READING,
+    RESAMPLING,
+    PictureRequest,
+    Pictures,
+    fitted_size,
+    resized_picture,
+)
 from dittocache.families.qwen_processor import image_backend, load_still_image_processor
 
 EMPTY_PROMPT = ""  # the pipeline's template still surrounds it
 PACKED_PIXELS = 16  # pixels a side of one packed latent token: 8 by the VAE, 2 by packing
 CONTROL_MULTIPLE = 32  # the pipeline's calculate_dimensions rounds to it
-RESAMPLING = "lanczos"  # the pipeline's VaeImageProcessor
+_PICTURE_TEMPLATE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"  # the pipeline's, before the words
 
 
 class QwenImageEditPlus:
@@ -57,7 +66,9 @@ class QwenImageEditPlus:
 
         return QwenImageTransformerAdapter()
 
-    def artifacts(self, sample: Sample, sizes: Sizes) -> Sequence[Artifact]:
+    def artifacts(
+        self, sample: Sample, sizes: Sizes, size_of: Callable[[Path], tuple[int, int]] = picture_size
+    ) -> Sequence[Artifact]:
         """The seven artifacts of a sample; raises DataError where it has no control picture, or has a loss mask."""
         if not sample.controls:
             raise DataError(
@@ -91,7 +102,7 @@ class QwenImageEditPlus:
             Artifact("prompt_embeds_mask", "text_encoder", prompt, text),
             Artifact("empty_prompt_embeds", "text_encoder", empty, text),
             Artifact("empty_prompt_embeds_mask", "text_encoder", empty, text),
-            Artifact("img_shapes", None, controls, {**size, **control_area, "packed_pixels": PACKED_PIXELS}),
+            Artifact("img_shapes", None, (), {"shapes": _picture_shapes(sample, sizes, size_of)}),
         )
 
     def load_pipeline(
@@ -101,6 +112,17 @@ class QwenImageEditPlus:
         builders = {} if image_backend() == "torchvision" else {"processor": load_still_image_processor}
         return load_components(self.pipeline_class_name, model, components, dtype, device, builders)
 
+    def pictures(
+        self, encoder: str | None, sample: Sample, sizes: Sizes, wanted: Collection[str] | None = None
+    ) -> Sequence[PictureRequest]:
+        """Target and controls for the VAE, the controls at the condition size for the text encoder."""
+        if encoder == "vae":
+            by_artifact = {"image_latents": [_target(sample)], "control_latents": _controls(sample, sizes.resolution)}
+            return [one for name in by_artifact if wanted is None or name in wanted for one in by_artifact[name]]
+        if encoder == "text_encoder" and (wanted is None or wanted):
+            return _controls(sample, sizes.condition_resolution)
+        return []
+
     @torch.no_grad()
     def encode(
         self,
@@ -109,22 +131,30 @@ class QwenImageEditPlus:
         samples: Sequence[Sample],
         sizes: Sizes,
         *,
-        empty_prompts: bool = True,
+        wanted: Sequence[Collection[str]] | None = None,
+        pictures: Pictures = resized_picture,
+        together: bool = False,
     ) -> list[Tensors]:
         """The artifacts that `encoder` computes for each sample, on the encoder's device.
 
-        Pictures and prompts pass the encoders one by one, as in the pipeline, which takes one prompt a call. A VAE
-        batch of four differs from four single passes (measured on a CPU: 4e-7 in float32, 2e-3 in bfloat16), and a
-        cached tensor must not depend on its company. What several samples share is encoded once a call.
+        By default pictures and prompts pass the encoders one by one, as in the pipeline, which takes one prompt a call.
+        A VAE batch of four differs from four single passes (measured on a CPU: 4e-7 in float32, 2e-3 in bfloat16), and
+        so do padded prompts. What several samples share is encoded once a call.
 
         Raises DataError naming a picture that cannot be read, ModelError for an unknown encoder.
         """
         if encoder is None:
-            return [{"img_shapes": _picture_shapes(sample, sizes)} for sample in samples]
+            return [
+                {"img_shapes": torch.tensor(_picture_shapes(sample, sizes, picture_size), dtype=torch.int32)}
+                if is_wanted(wanted, index, "img_shapes")
+                else {}
+                for index, sample in enumerate(samples)
+            ]
+        largest_batch = max(len(samples), 1) if together else 1
         if encoder == "vae":
-            return _encode_pictures(pipe, samples, sizes)
+            return _encode_pictures(pipe, samples, sizes, wanted, pictures, largest_batch)
         if encoder == "text_encoder":
-            return _encode_prompts(pipe, samples, sizes, empty_prompts)
+            return _encode_prompts(pipe, samples, sizes, wanted, pictures, largest_batch)
         raise ModelError(f"{self.name} has no encoder {encoder!r}; expected {', '.join(self.encoders)} or None")
 
     def training_inputs(self, batch: Sequence[Tensors], noise: torch.Tensor, sigmas: torch.Tensor) -> TrainingInputs:
@@ -163,50 +193,59 @@ def _template() -> Mapping[str, Any]:
     return {"template": digest, "drop_tokens": pipe.prompt_template_encode_start_idx}
 
 
-def _dimensions(width: int, height: int, resolution: int) -> tuple[int, int]:
-    """(width, height) that the pipeline gives a control picture of this size, for an area of `resolution` squared."""
-    from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
-
-    new_width, new_height = calculate_dimensions(resolution**2, width / height)
-    return int(new_width), int(new_height)
+def _target(sample: Sample) -> PictureRequest:
+    return PictureRequest(sample.target, size=sample.size)
 
 
-def _picture_shapes(sample: Sample, sizes: Sizes) -> torch.Tensor:
-    """`(1 + controls, 3)` int32: frames, height and width in packed latents, the target first."""
-    pictures = [sample.size, *(_dimensions(*picture_size(path), sizes.resolution) for path in sample.controls)]
-    shapes = [(1, height // PACKED_PIXELS, width // PACKED_PIXELS) for width, height in pictures]
-    return torch.tensor(shapes, dtype=torch.int32)
+def _controls(sample: Sample, resolution: int) -> list[PictureRequest]:
+    """The controls as the pipeline resizes them to an area of `resolution` squared."""
+    return [PictureRequest(path, area=resolution**2, multiple=CONTROL_MULTIPLE) for path in sample.controls]
 
 
-def _encode_pictures(pipe: Any, samples: Sequence[Sample], sizes: Sizes) -> list[Tensors]:
+def _picture_shapes(
+    sample: Sample, sizes: Sizes, size_of: Callable[[Path], tuple[int, int]]
+) -> list[tuple[int, int, int]]:
+    """Frames, height and width in packed latents of the target and of each control."""
+    area = sizes.resolution**2
+    pictures = [sample.size, *(fitted_size(*size_of(path), area, CONTROL_MULTIPLE) for path in sample.controls)]
+    return [(1, height // PACKED_PIXELS, width // PACKED_PIXELS) for width, height in pictures]
+
+
+def _encode_pictures(
+    pipe: Any,
+    samples: Sequence[Sample],
+    sizes: Sizes,
+    wanted: Sequence[Collection[str]] | None,
+    pictures: Pictures,
+    largest_batch: int,
+) -> list[Tensors]:
     if pipe.vae_scale_factor * 2 != PACKED_PIXELS:
         raise ModelError(
             f"the VAE makes one packed latent of {pipe.vae_scale_factor * 2} pixels a side; expected {PACKED_PIXELS}"
         )
-    known: dict[Any, torch.Tensor] = {}
-    tensors = []
-    for sample in samples:
-        target_key = (sample.target, sample.size)
-        if target_key not in known:
-            width, height = sample.size
-            picture = pipe.image_processor.preprocess(open_picture(sample.target), height, width)
-            known[target_key] = _packed_latents(pipe, [picture])
-        if sample.controls not in known:
-            pictures = []
-            for path in sample.controls:
-                control = open_picture(path)
-                width, height = _dimensions(*control.size, sizes.resolution)
-                pictures.append(pipe.image_processor.preprocess(control, height, width))
-            known[sample.controls] = _packed_latents(pipe, pictures)
-        tensors.append({"image_latents": known[target_key], "control_latents": known[sample.controls]})
-    return tensors
+    requests: list[dict[str, Sequence[PictureRequest]]] = []
+    for index, sample in enumerate(samples):
+        by_artifact = {"image_latents": [_target(sample)], "control_latents": _controls(sample, sizes.resolution)}
+        requests.append({name: parts for name, parts in by_artifact.items() if is_wanted(wanted, index, name)})
+    distinct = dict.fromkeys(one for by_artifact in requests for parts in by_artifact.values() for one in parts)
+    preprocessed = {one: pipe.image_processor.preprocess(pictures(one)) for one in distinct}  # (1, 3, H, W) each
+    latents = encode_distinct(
+        distinct,
+        lambda batch: _packed_latents(pipe, torch.cat([preprocessed[one] for one in batch])),
+        largest_batch,
+        alike=lambda one: preprocessed[one].shape,
+    )
+    return [
+        {name: torch.cat([latents[one] for one in parts]) for name, parts in by_artifact.items()}
+        for by_artifact in requests
+    ]
 
 
-def _packed_latents(pipe: Any, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Packed latents `(tokens, 64)` of preprocessed pictures `(1, 3, H, W)`, concatenated along the sequence."""
+def _packed_latents(pipe: Any, pictures: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Packed latents `(tokens, 64)` of each preprocessed picture of `(B, 3, H, W)`."""
     _, latents = pipe.prepare_latents(
-        images=[picture.unsqueeze(2) for picture in pictures],  # (1, 3, 1, H, W): a video of one frame
-        batch_size=1,
+        images=[pictures.unsqueeze(2)],  # (B, 3, 1, H, W): videos of one frame
+        batch_size=len(pictures),
         num_channels_latents=pipe.latent_channels,
         height=0,
         width=0,
@@ -215,38 +254,76 @@ def _packed_latents(pipe: Any, pictures: Sequence[torch.Tensor]) -> torch.Tensor
         generator=None,
         latents=torch.empty(0),  # else it would draw noise too
     )
-    packed: torch.Tensor = latents[0]
-    return packed
+    packed: torch.Tensor = latents
+    return packed.unbind()
 
 
-def _encode_prompts(pipe: Any, samples: Sequence[Sample], sizes: Sizes, empty_prompts: bool) -> list[Tensors]:
-    known: dict[tuple[Any, str], tuple[torch.Tensor, torch.Tensor]] = {}
-    tensors = []
-    for sample in samples:
-        pictures: list[Any] | None = None
+_Prompt = tuple[tuple[PictureRequest, ...], str]  # the condition pictures, and the words
+
+
+def _encode_prompts(
+    pipe: Any,
+    samples: Sequence[Sample],
+    sizes: Sizes,
+    wanted: Sequence[Collection[str]] | None,
+    pictures: Pictures,
+    largest_batch: int,
+) -> list[Tensors]:
+    prompts: list[dict[str, _Prompt]] = []  # by prefix of the artifacts' names
+    for index, sample in enumerate(samples):
+        controls = tuple(_controls(sample, sizes.condition_resolution))
+        words = {"": sample.prompt, "empty_": EMPTY_PROMPT}
+        prompts.append(
+            {
+                prefix: (controls, prompt)
+                for prefix, prompt in words.items()
+                if is_wanted(wanted, index, f"{prefix}prompt_embeds")
+                or is_wanted(wanted, index, f"{prefix}prompt_embeds_mask")
+            }
+        )
+    distinct = dict.fromkeys(prompt for by_prefix in prompts for prompt in by_prefix.values())
+    opened = {one: pictures(one) for one in dict.fromkeys(one for controls, _ in distinct for one in controls)}
+
+    def encode(batch: Sequence[_Prompt]) -> Sequence[torch.Tensor]:
+        rows = [([opened[one] for one in controls], prompt) for controls, prompt in batch]
+        return [_prompt_embeds(pipe, *rows[0])] if len(rows) == 1 else _padded_prompt_embeds(pipe, rows)
+
+    known = encode_distinct(distinct, encode, largest_batch)
+    tensors: list[Tensors] = []
+    for index, by_prefix in enumerate(prompts):
         sample_tensors: Tensors = {}
-        prompts = {"": sample.prompt} | ({"empty_": EMPTY_PROMPT} if empty_prompts else {})
-        for prefix, prompt in prompts.items():
-            key = (sample.controls, prompt)
-            if key not in known:
-                if pictures is None:
-                    pictures = [_condition_picture(pipe, path, sizes) for path in sample.controls]
-                known[key] = _prompt_embeds(pipe, prompt, pictures)
-            embeds, mask = known[key]
-            sample_tensors |= {f"{prefix}prompt_embeds": embeds, f"{prefix}prompt_embeds_mask": mask}
+        for prefix, key in by_prefix.items():
+            embeds = known[key]
+            # All true: neither a single prompt nor what is left of a batch without its padding is padded.
+            mask = torch.ones(len(embeds), dtype=torch.bool, device=embeds.device)
+            both = {f"{prefix}prompt_embeds": embeds, f"{prefix}prompt_embeds_mask": mask}
+            sample_tensors |= {name: tensor for name, tensor in both.items() if is_wanted(wanted, index, name)}
         tensors.append(sample_tensors)
     return tensors
 
 
-def _condition_picture(pipe: Any, path: Any, sizes: Sizes) -> Any:
-    picture = open_picture(path)
-    width, height = _dimensions(*picture.size, sizes.condition_resolution)
-    return pipe.image_processor.resize(picture, height, width)
+def _prompt_embeds(pipe: Any, pictures: list[Any], prompt: str) -> torch.Tensor:
+    """Prompt embeddings `(T, D)` by the pipeline's own method."""
+    embeds, _ = pipe.encode_prompt(prompt=prompt, image=pictures, device=pipe.text_encoder.device)
+    one: torch.Tensor = embeds[0]
+    return one
 
 
-def _prompt_embeds(pipe: Any, prompt: str, pictures: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompt embeddings `(T, D)` and their mask `(T,)`: all true, since a single prompt is not padded."""
-    embeds, mask = pipe.encode_prompt(prompt=prompt, image=pictures, device=pipe.text_encoder.device)
-    if mask is None:  # the pipeline's word for "all tokens are valid"
-        mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-    return embeds[0], mask[0].to(torch.bool)
+def _padded_prompt_embeds(pipe: Any, rows: Sequence[tuple[list[Any], str]]) -> list[torch.Tensor]:
+    """Prompt embeddings `(T, D)` of each row from one padded batch.
+
+    The pipeline's method shows every prompt of a batch the same pictures; these are its steps for pictures of their
+    own. A conformance test holds the two equal within rounding.
+    """
+    texts = [
+        pipe.prompt_template_encode.format(
+            "".join(_PICTURE_TEMPLATE.format(number + 1) for number in range(len(pictures))) + prompt
+        )
+        for pictures, prompt in rows
+    ]
+    images = [picture for pictures, _ in rows for picture in pictures]
+    inputs = pipe.processor(text=texts, images=images, padding=True, return_tensors="pt").to(pipe.text_encoder.device)
+    names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+    outputs = pipe.text_encoder(**{name: inputs.get(name) for name in names}, output_hidden_states=True)
+    embeds = without_padding(outputs.hidden_states[-1], inputs["attention_mask"])
+    return [one[pipe.prompt_template_encode_start_idx :].to(pipe.text_encoder.dtype) for one in embeds]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,21 +17,35 @@ from dittocache.data.folder import load_folder
 from dittocache.data.sample import Sample
 from dittocache.embeddings.planning.manifest import Manifest
 from dittocache.embeddings.planning.plan import Plan, make_plan
+from dittocache.embeddings.planning.rates import Rates
+from dittocache.embeddings.store import roots
+from dittocache.embeddings.store.storage import Storage
 from dittocache.embeddings.store.store import Store
-from dittocache.errors import CacheError, ConfigError
+from dittocache.errors import CacheError, ConfigError, StoreUnavailableError
+from dittocache.events import EventLog
 from dittocache.families.base import Family, Sizes
 from dittocache.families.registry import family_of_model, get_family
+from dittocache.jobs.ranks import Rank, device_of_worker, rank_of
 
 INDEX_NAME = "content-index.json"
 MANIFEST_NAME = "manifest.json"
+MEMORY_NAME = "memory"
+RATES_NAME = "rates.json"
 
 
 @dataclass(frozen=True)
 class RunInputs:
-    """Model, data and cache of a run; each is opened when first asked for."""
+    """Model, data and cache of a run; each is opened when first asked for.
+
+    Attributes:
+        worker: 0, or the number of this process among those that a caching stage has started beside itself.
+        after: descriptor that is at its end when the stage that runs beside this one has ended; None where none does.
+    """
 
     config: RunConfig
     run_dir: Path
+    worker: int = 0
+    after: int | None = None
 
     @cached_property
     def model(self) -> str:
@@ -63,17 +78,24 @@ class RunInputs:
         return Sizes(self.config.data.resolution, self.config.data.condition_resolution)
 
     @cached_property
-    def samples(self) -> list[Sample]:
+    def samples(self) -> Sequence[Sample]:
         """The training set; raises DataError listing every problem."""
-        return load_folder(self.config.data, self.family.size_multiple)
+        return load_folder(self.config.data, self.family.size_multiple, self._memory)
 
     @cached_property
-    def held_out(self) -> list[Sample]:
+    def held_out(self) -> Sequence[Sample]:
         """The held-out set, empty where there is none; raises DataError listing every problem."""
         if self.config.held_out is None:
             return []
         settings = {**self.config.data.model_dump(), "path": self.config.held_out}
-        return load_folder(DataConfig.model_validate(settings), self.family.size_multiple)
+        return load_folder(DataConfig.model_validate(settings), self.family.size_multiple, self._memory)
+
+    @property
+    def _memory(self) -> Path | None:
+        """Where it is remembered what was read of data sets; nowhere for live training, which writes no cache."""
+        if not self.config.cache.use_cache:
+            return None
+        return (self.config.cache.folder or self.run_dir) / MEMORY_NAME
 
     @cached_property
     def store(self) -> Store:
@@ -85,20 +107,49 @@ class RunInputs:
         """The manifest that training reads."""
         return self.run_dir / MANIFEST_NAME
 
+    @cached_property
+    def rank(self) -> Rank:
+        """This process among those that torchrun or Slurm started; raises ConfigError."""
+        return rank_of(os.environ)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process owns the run: it waits for the other workers and writes the manifest."""
+        return self.worker == 0 and self.rank.index == 0
+
+    def wait_for_stage_beside(self) -> None:
+        """Return when the stage that runs at the same time as this one has ended."""
+        while self.after is not None and os.read(self.after, 1):
+            pass
+
     def encoder_device(self, encoder: str | None) -> str:
-        """Where an encoder runs while caching; raises ConfigError for a device that is not there."""
-        for name, device in self.config.cache.devices.items():
-            if name == encoder:
-                return resolve_device(device, f"cache.devices.{name}")
-        return self.device
+        """Where an encoder runs while caching, for this worker; raises ConfigError for a device that is not there."""
+        named = {str(name): device for name, device in self.config.cache.devices.items()}.get(encoder or "")
+        device = self.device if named is None else resolve_device(named, f"cache.devices.{encoder}")
+        position = self.rank.local * self.config.cache.workers + self.worker
+        if position == 0:
+            return device
+        return device_of_worker(device, position, torch.cuda.device_count())
 
     def plan(self) -> Plan:
         """What is cached and what is still to encode; the last run's manifest tells why records are stale."""
         previous = Manifest.load(self.manifest_path) if self.manifest_path.exists() else None
         # Beside the store it serves every run; a store behind a URL is no place for a file that each plan rewrites.
-        index = ContentIndex((self.config.cache.folder or self.run_dir) / INDEX_NAME)
+        beside = self.config.cache.folder or self.run_dir
+        index = ContentIndex(beside / INDEX_NAME)
         return make_plan(
-            self.samples, self.family, self.sizes, self.model, self.dtype, self.store, index, previous=previous
+            self.samples,
+            self.family,
+            self.sizes,
+            self.model,
+            self.dtype,
+            self.store,
+            index,
+            previous=previous,
+            storage=Storage(self.config.cache.storage, self.config.cache.shared_prefix),
+            batching=self.config.cache.batching,
+            rates=Rates(beside / RATES_NAME),
+            devices={encoder: self.encoder_device(encoder) for encoder in self.family.encoders},
         )
 
 
@@ -121,6 +172,17 @@ def complete_part(manifest: Manifest, store: Store) -> Manifest:
     """The samples whose every record is in the store: what can be trained on without an encoder."""
     present = store.sizes(manifest.keys)
     return manifest.without([name for name, keys in manifest.samples.items() if set(keys.values()) - present.keys()])
+
+
+def save_manifest(inputs: RunInputs, manifest: Manifest, log: EventLog) -> None:
+    """Write the run's manifest and tell the store that the run uses its records."""
+    manifest.save(inputs.manifest_path)
+    if not inputs.store.is_local:
+        return
+    try:
+        roots.register(inputs.store, inputs.manifest_path, manifest.keys, saved=True)
+    except StoreUnavailableError as error:  # a store that can only be read can still be trained on
+        log.message(f"{error}; `dittocache cache gc` run by others may remove what this run uses", level="warning")
 
 
 def load_manifest(inputs: RunInputs) -> Manifest:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -25,17 +26,31 @@ class StageProcess:
         run_dir: folder of the run.
         lock: descriptor of the run folder's lock, which the stage inherits.
         python: the interpreter.
+        after: descriptor of a pipe's read end; the stage finishes only when the pipe's other end is closed everywhere.
+        holds: descriptors that the stage inherits and that close when it ends.
 
     Raises StageError when the interpreter cannot be started.
     """
 
-    def __init__(self, stage: str, run_dir: Path, lock: int, python: str = sys.executable) -> None:
+    def __init__(
+        self,
+        stage: str,
+        run_dir: Path,
+        lock: int,
+        python: str = sys.executable,
+        after: int | None = None,
+        holds: Sequence[int] = (),
+    ) -> None:
         self.stage = stage
         self._log = run_dir / LOG_NAME
         # The stage reads from a pipe that only this process can write to: it closes when this process is gone.
         lifeline, self._lifeline = os.pipe()
         self.command = [python, "-m", "dittocache.jobs.stage", stage]
         self.command += ["--run-dir", str(run_dir), "--lifeline", str(lifeline)]
+        inherited = [lifeline, lock, *holds]
+        if after is not None:
+            self.command += ["--after", str(after)]
+            inherited.append(after)
         with self._log.open("ab") as output:
             output.write(f"== {stage}, {datetime.now().astimezone().isoformat(timespec='seconds')}\n".encode())
             output.flush()
@@ -47,7 +62,7 @@ class StageProcess:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     env={**CPU_THREADS, **os.environ},
-                    pass_fds=(lifeline, lock),
+                    pass_fds=inherited,
                     start_new_session=True,  # a group of its own: Ctrl-C reaches it through us only, in good order
                 )
             except OSError as error:

@@ -5,6 +5,8 @@
     RUN/log.txt        output of the stages            RUN/samples/      pictures made
     RUN/manifest.json  what is trained on              RUN/report.html   the report
     RUN/lock           held while a process works here
+    RUN/cached.txt     keys of the records that this run encoded, where they are to be removed after training
+    RUN/workers/       a folder like this one, with config and events, for each further process that encodes
 
 Whether a run is at work is never stored: it is read from the lock, which the system releases when the last
 process of the run is gone, however it ended.
@@ -32,6 +34,8 @@ LORA_NAME = "lora"
 CHECKPOINTS_NAME = "checkpoints"
 SAMPLES_NAME = "samples"
 REPORT_NAME = "report.html"
+CACHED_NAME = "cached.txt"
+WORKERS_NAME = "workers"
 WORKFLOW = "workflow"  # stage name of the events that belong to no single stage
 
 State = Literal["new", "running", "finished", "stopped", "failed", "died"]

@@ -28,26 +28,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--run-dir", type=Path, required=True, help="folder with the run's config.yaml")
     parser.add_argument("--lifeline", type=int, help="descriptor that closes when the workflow's process is gone")
+    parser.add_argument("--worker", type=int, default=0, help="number of a process that encodes beside another")
+    parser.add_argument(
+        "--after", type=int, help="descriptor that closes when the stage that runs beside this one ends"
+    )
     options = parser.parse_args(arguments)
     # SIGTERM means what Ctrl-C means until a stage takes both into its own hands.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if options.lifeline is not None:
         threading.Thread(target=_stop_when_orphaned, args=(options.lifeline,), daemon=True).start()
-    return run_stage(options.stage, options.run_dir)
+    return run_stage(options.stage, options.run_dir, options.worker, options.after)
 
 
-def run_stage(name: str, run_dir: Path) -> int:
-    """Carry out one stage in this process, with its events; return the exit code."""
-    # Of the processes that `accelerate launch` starts, the first speaks for all.
-    first = os.environ.get("RANK", "0") == "0"
-    log = EventLog(run_dir / EVENTS_NAME if first else Path(os.devnull), name)
+def run_stage(name: str, run_dir: Path, worker: int = 0, after: int | None = None) -> int:
+    """Carry out one stage in this process, with its events; return the exit code.
+
+    Args:
+        worker, after: as in `RunInputs`.
+    """
+    # Of the processes that train together in one folder, the first speaks for all.
+    speaks = name != "train" or os.environ.get("RANK", "0") == "0"
+    log = EventLog(run_dir / EVENTS_NAME if speaks else Path(os.devnull), name)
     log.emit("stage_started", pid=os.getpid(), command=[sys.executable, *sys.argv])
     started = time.monotonic()
     try:
         from dittocache.config import load_config
         from dittocache.jobs.inputs import RunInputs
 
-        STAGES[name].load()(RunInputs(load_config(run_dir / CONFIG_NAME), run_dir), log)
+        STAGES[name].load()(RunInputs(load_config(run_dir / CONFIG_NAME), run_dir, worker, after), log)
     except KeyboardInterrupt:
         error = "stopped on request; the same command goes on from here"
         log.emit("stage_failed", error=error, hint="", returncode=STOPPED, stopped=True)

@@ -41,10 +41,12 @@ STAGES = {
         Stage("train", "dittocache.jobs.lora_training", "train", "Training the LoRA"),
         Stage("measure", "dittocache.jobs.measurement", "measure", "Comparing cached with live training"),
         Stage("generate", "dittocache.jobs.generation", "generate_edits", "Making pictures"),
+        Stage("remove_cache", "dittocache.jobs.cache_removal", "remove_cache", "Removing the cache"),
         Stage("report", "dittocache.jobs.reporting", "report", "Writing the report"),
     )
 }
 
 CACHE = ("validate", "cache_latents", "cache_text")
 TRAIN = (*CACHE, "train")
+CACHING = ("cache_latents", "cache_text")
 DEMO = (*TRAIN, "measure", "generate", "report")

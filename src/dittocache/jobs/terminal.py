@@ -88,7 +88,7 @@ def describe_result(event: Event) -> list[str]:
             words.append(f"{event['bytes_written'] / 1e6:.1f} MB written")
         if event["failed"]:
             words.append(f"{len(event['failed'])} pictures left out")
-    if "samples" in event:
+    if "samples" in event and "held_out" in event:
         words.append(f"{event['samples']} samples, {event['held_out']} held out")
     if event.get("seconds_per_step"):
         words.append(f"{event['steps']} steps, {event['seconds_per_step']:.3f} s each")

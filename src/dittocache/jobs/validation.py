@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from dittocache.embeddings.planning.plan import Plan
 from dittocache.errors import ConfigError, DittocacheError
 from dittocache.events import EventLog
 from dittocache.families.loading import component_names
-from dittocache.jobs.inputs import RunInputs, latent_encoders, records_of, text_encoders
+from dittocache.jobs.inputs import RunInputs, latent_encoders, records_of, save_manifest, text_encoders
 from dittocache.training.requirements import requirement_problems
 
 FREE_BYTES = 200_000_000  # below it not even a small data set and a LoRA are sure to fit
@@ -71,10 +71,10 @@ def _report_plan(inputs: RunInputs, plan: Plan, log: EventLog) -> None:
         ("cache_latents", latent_encoders(inputs.family)),
         ("cache_text", text_encoders(inputs.family)),
     ):
-        if not any(plan.missing(encoder) for encoder in encoders):
+        if inputs.config.cache.skip_existing and not any(plan.missing(encoder) for encoder in encoders):
             cached[stage] = len(records_of(plan, encoders))
     if plan.misses == 0:
-        plan.manifest.save(inputs.manifest_path)
+        save_manifest(inputs, plan.manifest, log)
     # Without the list of stale records: an event is one line, and a data set may have a million.
     numbers = {name: value for name, value in plan.as_dict().items() if name != "stale"}
     log.emit("result", plan=numbers, cached=cached, artifacts=_artifacts(plan))
@@ -96,7 +96,12 @@ def _artifacts(plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def needed_bytes(plan: Plan) -> int:
-    """About how many bytes the missing records will take: as many each as the stored ones do; 0 when none is stored."""
+    """About how many bytes the missing records will take.
+
+    As the family estimates it; where it cannot, as many each as the stored ones take; 0 when none is stored.
+    """
+    if plan.bytes_to_write is not None:
+        return plan.bytes_to_write.total
     return plan.bytes_stored // plan.hits * plan.misses if plan.hits else 0
 
 
@@ -149,12 +154,12 @@ def _check_bundled(inputs: RunInputs, problems: list[str]) -> None:
 
 
 def _check_data(inputs: RunInputs, problems: list[str]) -> None:
-    sets: dict[str, Callable[[], list[Sample]]] = {
+    sets: dict[str, Callable[[], Sequence[Sample]]] = {
         "data.path": lambda: inputs.samples,
         "held_out": lambda: inputs.held_out,
     }
     for field, read in sets.items():
-        samples: list[Sample] = []
+        samples: Sequence[Sample] = []
         with _listed(problems, f"{field}: "):
             samples = read()
         for sample in samples:

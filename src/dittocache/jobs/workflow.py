@@ -17,7 +17,9 @@ from dittocache.errors import StageError
 from dittocache.events import Event, EventLog, follow_events, read_events
 from dittocache.jobs.failures import STOPPED, STOPPED_CODES, describe_returncode, hint_for, last_lines
 from dittocache.jobs.process import StageProcess
-from dittocache.jobs.run_folder import CONFIG_NAME, EVENTS_NAME, LOG_NAME, WORKFLOW, held_folder
+from dittocache.jobs.ranks import rank_of
+from dittocache.jobs.run_folder import CONFIG_NAME, EVENTS_NAME, LOG_NAME, WORKERS_NAME, WORKFLOW, held_folder
+from dittocache.jobs.stages import CACHING
 
 Listener = Callable[[Event], None]
 
@@ -51,12 +53,15 @@ def run_workflow(
         python: interpreter of the stages.
         typed: what the user typed to start this, for the report.
 
-    Stages that have nothing to do (everything is cached) are not started; an event says so. SIGINT and SIGTERM go to
-    the stage, which ends in good order; a second one ends it at once.
+    Stages that have nothing to do (everything is cached) are not started; an event says so. The caching stages run at
+    the same time where their encoders have different devices. Where torchrun or Slurm started several processes, the
+    first one runs the workflow; the others only help with caching, in folders of their own below the run's. SIGINT and
+    SIGTERM go to the stage, which ends in good order; a second one ends it at once.
 
     Raises StageFailed (what went wrong, the end of the output, a hint), WorkflowStopped, StageError when another run
     works in the folder.
     """
+    config, stages = _part_of_rank(config, stages)
     run_dir = config.run_dir
     with held_folder(run_dir) as lock:
         save_config(config, run_dir / CONFIG_NAME)
@@ -66,39 +71,98 @@ def run_workflow(
         log.emit("stage_started", pid=os.getpid(), command=list(stages), typed=typed)
         started = time.monotonic()
         with _followed(path, offset, listener), _Stopper() as stopper:
-            for stage in stages:
-                if _has_nothing_to_do(stage, path, offset):
-                    continue
-                _run_stage(stage, run_dir, lock, python, stopper)
+            for group in _groups(config, stages):
+                left = [stage for stage in group if not _has_nothing_to_do(stage, path, offset)]
+                if left:
+                    _run_together(left, run_dir, lock, python, stopper)
             log.emit("stage_finished", seconds=time.monotonic() - started)
     return run_dir
 
 
-def _run_stage(stage: str, run_dir: Path, lock: int, python: str, stopper: _Stopper) -> None:
+def _part_of_rank(config: RunConfig, stages: Sequence[str]) -> tuple[RunConfig, Sequence[str]]:
+    """What this process of those that torchrun or Slurm started has to do: all of it, or help with caching."""
+    rank = rank_of(os.environ)
+    if rank.index == 0:
+        if not config.cache.keep_cache and "train" in stages:
+            stages = (*stages, "remove_cache")
+        return config, stages
+    own = {"output_dir": config.run_dir / WORKERS_NAME, "name": f"rank-{rank.index}"}
+    return config.model_copy(update=own), [stage for stage in stages if stage in CACHING]
+
+
+def _groups(config: RunConfig, stages: Sequence[str]) -> list[list[str]]:
+    """The stages in order; those that run at the same time stand in one group."""
+    groups: list[list[str]] = []
+    for stage in stages:
+        if config.cache.encodes_in_parallel and groups and (groups[-1][-1], stage) == CACHING:
+            groups[-1].append(stage)
+        else:
+            groups.append([stage])
+    return groups
+
+
+def _run_together(stages: Sequence[str], run_dir: Path, lock: int, python: str, stopper: _Stopper) -> None:
+    """Run one stage, or two at the same time, of which the second finishes after the first."""
     path = run_dir / EVENTS_NAME
     offset = path.stat().st_size
-    log = EventLog(path, stage)
     if stopper.requests:
-        log.emit("stage_failed", error="stopped on request", hint="", returncode=STOPPED, stopped=True)
-        raise WorkflowStopped(f"stopped before stage {stage}; the same command goes on from here")
+        fields = {"error": "stopped on request", "hint": "", "returncode": STOPPED, "stopped": True}
+        EventLog(path, stages[0]).emit("stage_failed", **fields)
+        raise WorkflowStopped(f"stopped before stage {stages[0]}; the same command goes on from here")
+    running: dict[str, StageProcess] = {}
+    problem: StageError | None = None
+    done, first_holds = os.pipe()
     try:
-        process = StageProcess(stage, run_dir, lock, python)
-    except StageError as problem:
-        log.emit("stage_failed", error=str(problem), hint="", returncode=127)
-        raise
-    stopper.watch(process)
-    while (returncode := process.wait(0.2)) is None:
+        for stage in stages:
+            first = stage == stages[0]
+            running[stage] = StageProcess(
+                stage,
+                run_dir,
+                lock,
+                python,
+                None if first else done,
+                [first_holds] if len(stages) > 1 and first else [],
+            )
+    except StageError as error:
+        problem = error
+        EventLog(path, stage).emit("stage_failed", error=str(error), hint="", returncode=127)
+        for process in running.values():
+            process.send(signal.SIGINT)
+    finally:
+        os.close(done)
+        os.close(first_holds)
+    stopper.watch(list(running.values()))
+    while running:
         stopper.enforce()
+        for stage, process in list(running.items()):
+            returncode = process.wait(0.2 / len(running))
+            if returncode is None:
+                continue
+            del running[stage]
+            try:
+                _check_end(process, returncode, run_dir, offset, stopper)
+            except StageError as error:
+                problem = problem or error
+                for other in running.values():
+                    other.send(signal.SIGINT)
+    if problem is not None:
+        raise problem
+
+
+def _check_end(process: StageProcess, returncode: int, run_dir: Path, offset: int, stopper: _Stopper) -> None:
+    """Raise what the end of a stage means, unless it is done."""
     if returncode == 0:
         return
-    failure = next((event for event in read_events(path, offset) if event["kind"] == "stage_failed"), None)
+    stage, path = process.stage, run_dir / EVENTS_NAME
+    ends = (event for event in read_events(path, offset) if event["stage"] == stage)
+    failure = next((event for event in ends if event["kind"] == "stage_failed"), None)
     stopped = bool(stopper.requests) and returncode in STOPPED_CODES | {-signal.SIGKILL}
     if failure is None:  # killed, or never got as far as its own error handling
         output = process.output()
         error = "stopped on request" if stopped else last_lines(output, 1) or "it left no output"
         hint = "" if stopped else hint_for(returncode, output)
         failure = {"error": error, "hint": hint}
-        log.emit("stage_failed", returncode=returncode, stopped=stopped, **failure)
+        EventLog(path, stage).emit("stage_failed", returncode=returncode, stopped=stopped, **failure)
     if stopped or returncode in STOPPED_CODES:
         raise WorkflowStopped(f"stage {stage} was stopped; the same command goes on from here")
     raise StageFailed(_failure_message(stage, returncode, failure, process.output(), run_dir), returncode)
@@ -133,7 +197,7 @@ class _Stopper:
 
     def __init__(self) -> None:
         self.requests = 0
-        self._process: StageProcess | None = None
+        self._processes: Sequence[StageProcess] = ()
         self._kill_at = float("inf")
         self._former: dict[int, object] = {}
 
@@ -147,20 +211,23 @@ class _Stopper:
         for number, handler in self._former.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def watch(self, process: StageProcess) -> None:
-        """From now on, requests go to this process."""
-        self._process = process
+    def watch(self, processes: Sequence[StageProcess]) -> None:
+        """From now on, requests go to these processes."""
+        self._processes = processes
         self._kill_at = float("inf")
 
     def enforce(self) -> None:
-        """Kill the stage when it has had its time after a second request."""
-        if self._process is not None and time.monotonic() > self._kill_at:
-            self._process.send(signal.SIGKILL)
+        """Kill the stages when they have had their time after a second request."""
+        if time.monotonic() > self._kill_at:
+            self._send(signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> None:
+        for process in self._processes:
+            process.send(number)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requests += 1
-        if self._process is not None:
-            self._process.send(signal.SIGINT if self.requests < 3 else signal.SIGKILL)
+        self._send(signal.SIGINT if self.requests < 3 else signal.SIGKILL)
         if self.requests == 2:
             self._kill_at = time.monotonic() + KILL_AFTER_SECONDS
 

@@ -32,7 +32,7 @@ class Source(Protocol):
 
 
 class Reader(Protocol):
-    """What a source needs of the embedding cache: `embeddings.reader.CachedSamples`."""
+    """What a source needs of the embedding cache: `embeddings.reading.reader.CachedSamples`."""
 
     @property
     def names(self) -> Sequence[str]:
@@ -104,8 +104,9 @@ class LiveSource:
         """Encode each sample; raises DataError for an unknown name or a picture that cannot be read."""
         samples = [self._sample(name) for name in names]
         tensors: list[Tensors] = [{} for _ in samples]
+        wanted = None if self._empty_prompts else [self._without_empty_prompts(sample) for sample in samples]
         for encoder in (*self._family.encoders, None):
-            parts = self._family.encode(self._pipe, encoder, samples, self._sizes, empty_prompts=self._empty_prompts)
+            parts = self._family.encode(self._pipe, encoder, samples, self._sizes, wanted=wanted)
             for merged, part in zip(tensors, parts, strict=True):
                 merged |= part
         return tensors
@@ -119,6 +120,10 @@ class LiveSource:
         """`img_shapes`, from the pictures' headers."""
         [tensors] = self._family.encode(self._pipe, None, [self._sample(name)], self._sizes)
         return _rows(tensors["img_shapes"])
+
+    def _without_empty_prompts(self, sample: Sample) -> set[str]:
+        names = {artifact.name for artifact in self._family.artifacts(sample, self._sizes)}
+        return {name for name in names if not name.startswith("empty_")}
 
     def _sample(self, name: str) -> Sample:
         if name not in self._samples:

@@ -153,9 +153,9 @@ def test_a_signal_takes_effect_once_the_batch_in_flight_is_stored(
 
     encode = ToyFamily.encode
 
-    def interrupted(self: ToyFamily, pipe, encoder, samples, sizes):  # type: ignore[no-untyped-def]
+    def interrupted(self: ToyFamily, pipe, encoder, samples, sizes, **options):  # type: ignore[no-untyped-def]
         signal.raise_signal(number)
-        return encode(self, pipe, encoder, samples, sizes)
+        return encode(self, pipe, encoder, samples, sizes, **options)
 
     monkeypatch.setattr(ToyFamily, "encode", interrupted)
     handler = signal.signal(number, stop)
@@ -182,19 +182,19 @@ def test_progress_counts_this_runs_samples_with_speed_and_eta(job: Job) -> None:
 
 
 def test_a_full_disk_ends_the_run_and_keeps_what_is_stored(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = Store.write
-    left = iter(range(5))
+    write_many = Store.write_many
+    left = iter(range(2))  # batches of two samples with two records each
 
-    def full(self: Store, *record: object) -> int:
+    def full(self: Store, *records: object, **options: object) -> list[int]:
         if next(left, None) is None:
             raise StoreUnavailableError("the disk is full")
-        return write(self, *record)  # type: ignore[arg-type]
+        return write_many(self, *records, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Store, "write", full)
+    monkeypatch.setattr(Store, "write_many", full)
     with pytest.raises(StoreUnavailableError):
         job.cache()
     monkeypatch.undo()
-    assert job.plan().hits == 5
+    assert job.plan().hits == 8
     job.cache()
     assert_all_cached(job)
 

@@ -132,7 +132,7 @@ def test_the_format_of_old_pytorch_is_refused() -> None:
         parse_pt(stream.getvalue(), "a.pt")
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_fuzzed_bytes_give_the_tensor_or_an_error_of_ours(data: st.DataObject) -> None:
     tensor = TENSORS[0]

@@ -12,10 +12,14 @@ import torch
 from tests.embeddings.encoding.test_encode import assert_all_cached
 from tests.embeddings.toy_family import Job, make_job, picture
 
+from dittocache.data import digests
+from dittocache.data.digests import ContentIndex
 from dittocache.data.sample import Sample
 from dittocache.embeddings import recipe as recipe_module
 from dittocache.embeddings.planning.manifest import Manifest
+from dittocache.embeddings.planning.plan import make_plan
 from dittocache.embeddings.reading.reader import CachedSamples
+from dittocache.embeddings.store.storage import Storage
 from dittocache.errors import DataError, RecordCorruptError, StoreUnavailableError
 from dittocache.families.base import Sizes
 
@@ -225,7 +229,8 @@ def test_a_torn_record_is_a_miss_before_anything_reads_it(job: Job) -> None:
 
 def test_the_first_plan_and_a_finished_one_in_words(job: Job) -> None:
     assert job.plan().describe() == (
-        "6 samples need 42 records: 0 are cached (0.0 MB), 42 are to be encoded\n      42 new"
+        "6 samples need 42 records: 0 are cached (0.0 MB), 42 are to be encoded\n      42 new\n"
+        "still to write: an unknown size; how long vae and text_encoder will take is not known yet"
     )
     job.cache()
     assert job.plan().describe().endswith("MB): nothing is left to encode")
@@ -264,3 +269,64 @@ def test_names_in_any_script_survive(tmp_path: Path) -> None:
     assert_all_cached(job)
     job.previous.save(tmp_path / "manifest.json")  # type: ignore[union-attr]
     assert list(Manifest.load(tmp_path / "manifest.json").samples) == ["写真/été 🎨", "مثال"]
+
+
+def test_a_second_plan_reads_no_weights(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    real = digests.hash_file
+    monkeypatch.setattr(digests, "hash_file", lambda file: read.append(file.name) or real(file))
+    monkeypatch.setattr(digests, "GRANULARITY_NS", -(10**10))  # files as if they had been written long ago
+    job.plan()
+    assert read.count("model.safetensors") == 2
+    read.clear()
+    job.plan()
+    assert read == []
+
+
+@pytest.mark.parametrize(
+    ("storage", "words"),
+    [
+        (Storage("fp8"), "storage form changed (native -> fp8_e4m3_token)"),
+        (Storage("float16"), "storage form changed (native -> float16)"),
+        (Storage(shared_prefix=True), "sharing of rows with the empty prompt turned on"),
+    ],
+    ids=str,
+)
+def test_the_storage_form_is_a_cause(job: Job, storage: Storage, words: str) -> None:
+    before = job.plan()
+    index = ContentIndex(job.folder / "cache/content-index.json")
+    after = make_plan(
+        job.samples,
+        job.family,
+        job.sizes,
+        job.model,
+        job.dtype,
+        job.store,
+        index,
+        previous=before.manifest,
+        storage=storage,
+    )
+    assert {miss.cause for miss in after.stale} == {words}
+
+
+def test_quantization_is_a_cause(job: Job) -> None:
+    job.cache()
+    (job.model / "text_encoder/config.json").write_text('{"width": 64, "quantization_config": {"bits": 4}}')
+    assert {miss.cause for miss in job.plan().stale} == {"encoder config changed, quantization changed"}
+
+
+def test_an_encoder_of_another_class_is_a_cause(job: Job) -> None:
+    job.cache()
+    index = job.model / "model_index.json"
+    index.write_text(index.read_text().replace('"Vae"', '"OtherVae"'))
+    assert {miss.cause for miss in job.plan().stale} == {"encoder changed"}
+
+
+def test_a_cause_names_a_few_of_its_samples(job: Job) -> None:
+    job.cache()
+    change_dtype(job)
+    plan = job.plan()
+    assert "stale: dtype changed (bfloat16 -> float16) (sample-00, sample-01, sample-02)" in plan.describe()
+    assert plan.as_dict()["examples"] == {
+        "dtype changed (bfloat16 -> float16)": ["sample-00", "sample-01", "sample-02"]
+    }

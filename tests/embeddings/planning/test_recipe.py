@@ -169,8 +169,8 @@ class TestEncoderIdentity:
         read: list[str] = []
         from dittocache.data import digests
 
-        real = digests._hash
-        monkeypatch.setattr(digests, "_hash", lambda file: read.append(file.name) or real(file))
+        real = digests.hash_file
+        monkeypatch.setattr(digests, "hash_file", lambda file: read.append(file.name) or real(file))
         monkeypatch.setattr(digests, "GRANULARITY_NS", -(10**9))  # files as if they had been written long ago
         for _ in range(3):
             index = ContentIndex(job.folder / "index.json")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import pickle
 import shutil
 import threading
@@ -81,7 +80,6 @@ def test_memory_that_nothing_holds_is_used_again(job: Job, reader: CachedSamples
     for [tensors] in reader.prefetch(batches, threads=1):
         places.add(min(tensor.data_ptr() for tensor in tensors.values()))
         del tensors
-        gc.collect()
     assert len(places) <= BATCHES_AHEAD + SAMPLES_AHEAD + 2
 
 

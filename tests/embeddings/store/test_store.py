@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors.torch import load, load_file
 from dittocache.embeddings.recipe import recipe_key
 from dittocache.embeddings.store import durable, writer_id
 from dittocache.embeddings.store.record import DTYPES, pack, unpack
-from dittocache.embeddings.store.store import Store
+from dittocache.embeddings.store.store import NewRecord, Store
 from dittocache.errors import CacheError, RecordCorruptError, RecordMissingError, StoreUnavailableError
 
 RECIPE: dict[str, Any] = {"artifact": "prompt_embeds", "schema": 1, "inputs": ["é", 1.5, None]}
@@ -318,11 +319,12 @@ def test_a_killed_writer_leaves_no_record_under_its_final_name(tmp_path: Path) -
         assert not list(store.root.rglob("??/*.tmp"))
 
 
-def test_a_store_of_a_newer_version_is_left_alone(store: Store) -> None:
+def test_a_store_of_another_version_is_left_alone(store: Store) -> None:
     store.write(KEY, TENSOR, RECIPE)
-    (store.root / "layout.json").write_text('{"version": 2}')
-    with pytest.raises(CacheError, match="upgrade dittocache"):
-        Store(store.root)
+    for version, mend in ((3, "upgrade dittocache"), (1, "remove .* and cache the data set again")):
+        (store.root / "layout.json").write_text(json.dumps({"version": version}))
+        with pytest.raises(CacheError, match=mend):
+            Store(store.root)
     (store.root / "layout.json").write_text("{")
     with pytest.raises(CacheError, match="remove it"):
         Store(store.root)
@@ -332,3 +334,47 @@ def test_records_hold_nothing_that_a_pickle_could(store: Store) -> None:
     content = pack(KEY, TENSOR, RECIPE)
     assert torch.equal(load(content)["prompt_embeds"], TENSOR)
     assert len(content) < TENSOR.numel() * TENSOR.itemsize + 600
+
+
+def test_many_records_at_once_are_those_of_one_by_one(tmp_path: Path) -> None:
+    together, apart = Store(tmp_path / "together"), Store(tmp_path / "apart")
+    new = []
+    for number in range(5):
+        recipe = {"artifact": "image_latents", "number": number}
+        new.append(NewRecord(recipe_key(recipe), torch.full((3, 2), float(number)), recipe, {"made": "here"}))
+    together.write(new[2].key, new[2].tensor, new[2].recipe)  # without provenance: what is there stays
+    lengths = together.write_many(new)
+    apart.write(new[2].key, new[2].tensor, new[2].recipe)
+    for record, length in zip(new, lengths, strict=True):
+        assert length == apart.write(record.key, record.tensor, record.recipe, provenance=record.provenance)
+        assert together.fetch(record.key) == apart.fetch(record.key)
+    together.write_many([replace(new[0], tensor=torch.zeros(3, 2))], replace=True)
+    assert torch.equal(together.read(new[0].key), torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("call", ["open", "write", "fsync", "replace"])
+def test_when_many_fail_those_with_a_name_are_whole_and_nothing_else_is_left(
+    tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "cache")
+    recipes = [{"artifact": "image_latents", "number": number} for number in range(6)]
+    store.write(recipe_key(recipes[0]), torch.zeros(2), recipes[0])  # the layout and a folder are there
+    real, count = getattr(os, call), 0
+
+    def fails(*arguments: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments, **options)
+
+    for recipe in recipes:
+        (tmp_path / "cache/objects" / recipe_key(recipe)[:2]).mkdir(exist_ok=True)
+    monkeypatch.setattr(os, call, fails)
+    with pytest.raises(StoreUnavailableError, match="disk is full"):
+        store.write_many([NewRecord(recipe_key(recipe), torch.ones(2), recipe) for recipe in recipes[1:]])
+    monkeypatch.undo()
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+    for key in store.keys():  # noqa: SIM118  # a store is no dict
+        store.read(key)
+    assert len(list(store.keys())) == (4 if call == "replace" else 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from blake3 import blake3
@@ -19,7 +19,7 @@ class Shard:
 
     Attributes:
         name: follows from the keys: equal wherever the same work is cut out.
-        needs: of samples of one size; no key occurs in two shards.
+        needs: of samples of one size; no key occurs in two shards, but for bases (see `make_shards`).
     """
 
     name: str
@@ -31,12 +31,18 @@ class Shard:
         return {key for need in self.needs for key in need.keys.values()}
 
 
-def make_shards(needs: Iterable[Need], batch_size: int, failed: Collection[str] = frozenset()) -> list[Shard]:
+def make_shards(
+    needs: Iterable[Need],
+    batch_size: int,
+    failed: Collection[str] = frozenset(),
+    base_of: Callable[[str], str | None] | None = None,
+) -> list[Shard]:
     """Cut all needs of one encoder, whether stored or not, so that workers who began at different times agree.
 
     Args:
         batch_size: shards are whole batches of this many samples, where there are enough samples.
         failed: names of samples to leave out; another sample that shares a record makes it instead.
+        base_of: the record that a record shares rows with, which must be stored before it and so is in its shard too.
 
     Samples of equal size stand together, so that batches hold tensors of one shape. A record that several samples share
     belongs to the first of them.
@@ -47,6 +53,9 @@ def make_shards(needs: Iterable[Need], batch_size: int, failed: Collection[str] 
         if need.sample.name in failed:
             continue
         keys = {artifact: key for artifact, key in need.keys.items() if key not in owned}
+        if base_of is not None:
+            bases = {base_of(key) for key in keys.values()}
+            keys |= {artifact: key for artifact, key in need.keys.items() if key in bases}
         if keys:
             owned.update(keys.values())
             by_size.setdefault(need.sample.size, []).append(Need(need.sample, keys))

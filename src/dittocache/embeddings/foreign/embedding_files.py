@@ -11,8 +11,6 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +21,8 @@ from dittocache.embeddings.recipe import Recipe, recipe_key
 from dittocache.embeddings.store import writer_id
 from dittocache.embeddings.store.durable import replace_file, sync_folder
 from dittocache.embeddings.store.record import pack, unpack
-from dittocache.errors import CacheError, RecordCorruptError, RecordMissingError, StoreUnavailableError
+from dittocache.embeddings.store.unavailable import unavailable
+from dittocache.errors import CacheError, RecordCorruptError, RecordMissingError
 
 FileFormat = Literal["safetensors", "pt"]
 FORMATS: tuple[FileFormat, ...] = ("safetensors", "pt")  # the order in which a reader looks for them
@@ -74,7 +73,7 @@ def read_embedding(root: Path, key: str, stem: str) -> PtValue:
         raise RecordMissingError(f"there is no {root / key / stem}.safetensors nor .pt; cache the data set again")
     if path.suffix == ".pt":
         return read_pt(path)
-    with available(f"{path} cannot be read"):
+    with unavailable(f"{path} cannot be read"):
         content = bytearray(path.read_bytes())
     try:
         return unpack(content, recipe_key(_recipe(key, stem)))
@@ -95,7 +94,7 @@ def write_embedding(root: Path, key: str, hash_value: str, tensor: torch.Tensor,
         stem = hash_stem if digest is None else f"{hash_stem}-{digest(tensor)}"
         content = _file_content(key, stem, tensor, form)
         target = root / check_embedding_key(key) / f"{stem}.{form}"
-        with available(f"{target} cannot be written"):
+        with unavailable(f"{target} cannot be written"):
             target.parent.mkdir(parents=True, exist_ok=True)
             while True:
                 try:
@@ -138,25 +137,16 @@ def publish_new(path: Path, content: bytes) -> bool:
 
 
 def same_value(one: PtValue, other: PtValue) -> bool:
-    """Whether two tensors are the same in dtype, shape and every bit."""
+    """Whether two values are the same in structure, dtypes, shapes and every bit."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same_value(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same_value, one, other))
     if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
         return False
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     return torch.equal(_bytes(one), _bytes(other))  # NaN included, and 0.0 is not -0.0
-
-
-@contextmanager
-def available(what: str) -> Iterator[None]:
-    """Turn the operating system's errors into one that says how to mend them."""
-    try:
-        yield
-    except CacheError:
-        raise
-    except OSError as error:
-        raise StoreUnavailableError(
-            f"{what} ({error.strerror or error}); free space, look after its permissions, or choose another folder"
-        ) from error
 
 
 def _file_content(key: str, stem: str, tensor: torch.Tensor, form: FileFormat) -> bytes:

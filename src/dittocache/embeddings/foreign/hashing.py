@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
 from PIL import Image
 
-from dittocache.data.digests import GRANULARITY_NS, Status, status_of
+from dittocache.data.digests import DIGEST_BYTES, GRANULARITY_NS, Status, status_of
 from dittocache.errors import DataError
 
 EMPTY_PROMPT_WORD = "empty"  # what stands for the empty prompt in hashes
@@ -24,10 +25,10 @@ def hash_string_md5(text: str) -> str:
 
 
 class SourceHashes:
-    """md5 of source files; one file is read once for as long as its status (size and times) stays the same."""
+    """md5 and blake3 of source files; one is read once for as long as its status (size and times) stays the same."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[Status, int, str]] = {}
+        self._known: dict[str, tuple[Status, int, tuple[str, str]]] = {}
 
     def get_hash(self, file_or_image: str | os.PathLike[str] | Image.Image, prompt: str = "") -> str:
         """md5 of a file's bytes, followed by md5 of the prompt where one is given.
@@ -37,17 +38,23 @@ class SourceHashes:
 
         Raises DataError when the file cannot be read.
         """
-        own = self._of_picture(file_or_image) if isinstance(file_or_image, Image.Image) else self._of(file_or_image)
+        own = (
+            self._of_picture(file_or_image) if isinstance(file_or_image, Image.Image) else self._both(file_or_image)[0]
+        )
         return own + (hash_string_md5(prompt) if prompt else "")
 
-    def _of(self, file: str | os.PathLike[str]) -> str:
+    def digest(self, file: str | os.PathLike[str]) -> str:
+        """blake3 of the content, 128 bits as 32 hex digits, as recipes have it; raises DataError."""
+        return self._both(file)[1]
+
+    def _both(self, file: str | os.PathLike[str]) -> tuple[str, str]:
         path = os.path.abspath(file)
         status = status_of(Path(path))
         known = self._known.get(path)
         # A file may change twice within one tick of its clock: what was read too soon after a change is read again.
         if known is None or known[0] != status or max(status[1:]) + GRANULARITY_NS >= known[1]:
             began = time.time_ns()
-            known = self._known[path] = (status, began, _file_md5(Path(path)))
+            known = self._known[path] = (status, began, _file_digests(Path(path)))
         return known[2]
 
     @staticmethod
@@ -87,12 +94,14 @@ def file_hashes(data: Mapping[str, Any], source: SourceHashes) -> dict[str, str]
     return hashes
 
 
-def _file_md5(file: Path) -> str:
-    hasher = hashlib.md5(usedforsecurity=False)
+def _file_digests(file: Path) -> tuple[str, str]:
+    """md5 and blake3 of a file's content, in one reading."""
+    md5, content = hashlib.md5(usedforsecurity=False), blake3()
     try:
         with open(file, "rb", buffering=0) as stream:
             while chunk := stream.read(_CHUNK_BYTES):
-                hasher.update(chunk)
+                md5.update(chunk)
+                content.update(chunk)
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
-    return hasher.hexdigest()
+    return md5.hexdigest(), str(content.hexdigest(length=DIGEST_BYTES))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dittocache.embeddings.foreign.embedding_files import FORMATS, available
+from dittocache.embeddings.foreign.embedding_files import FORMATS
 from dittocache.embeddings.foreign.metadata import FOLDER, metadata_files, read_metadata
 from dittocache.embeddings.store import writer_id
 from dittocache.embeddings.store.durable import TEMPORARY_PATTERN, writer_of
+from dittocache.embeddings.store.unavailable import unavailable
 from dittocache.errors import CacheError
 
 SPEC_KEYS = (
@@ -37,7 +38,7 @@ def layout_files(root: Path) -> list[Path]:
         except CacheError:
             continue  # a damaged file goes like the others; it only cannot name folders
     found: list[Path] = []
-    with available(f"{root} cannot be read"):
+    with unavailable(f"{root} cannot be read"):
         for folder in [root / key for key in sorted(keys)] + [root / FOLDER]:
             if folder.is_dir() and not folder.is_symlink():
                 if folder.name != FOLDER:
@@ -49,7 +50,7 @@ def layout_files(root: Path) -> list[Path]:
 
 def remove_files(root: Path, files: Sequence[Path]) -> None:
     """Remove files and the folders that they leave empty, `root` excepted; raises StoreUnavailableError."""
-    with available(f"{root} cannot be cleared"):
+    with unavailable(f"{root} cannot be cleared"):
         for path in files:
             path.unlink(missing_ok=True)
         for folder in {path.parent for path in files}:

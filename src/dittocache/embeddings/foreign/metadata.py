@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from dittocache.embeddings.foreign.embedding_files import available, check_embedding_key, check_stem, stem_of
+from dittocache.embeddings.foreign.embedding_files import check_embedding_key, check_stem, stem_of
 from dittocache.embeddings.store.durable import replace_file
+from dittocache.embeddings.store.unavailable import unavailable
 from dittocache.errors import CacheError, RecordCorruptError, RecordMissingError
 
 VERSION = "2.0"
@@ -38,7 +39,7 @@ def metadata_path(root: Path, main_hash: str) -> Path:
 
 def metadata_files(root: Path) -> Iterator[Path]:
     """All metadata files below a folder, in no particular order."""
-    with available(f"{root / FOLDER} cannot be read"):
+    with unavailable(f"{root / FOLDER} cannot be read"):
         if (root / FOLDER).is_dir():
             yield from (path for path in (root / FOLDER).glob("*.json") if not path.name.startswith("."))
 
@@ -46,7 +47,7 @@ def metadata_files(root: Path) -> Iterator[Path]:
 def write_metadata(root: Path, main_hash: str, stems: Mapping[str, str]) -> None:
     """Write a sample's metadata, atomically and durably; raises StoreUnavailableError."""
     path = metadata_path(root, main_hash)
-    with available(f"{path} cannot be written"):
+    with unavailable(f"{path} cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, (json.dumps({"version": VERSION, **stems}, indent=2) + "\n").encode())
 
@@ -76,7 +77,7 @@ def read_metadata(path: Path) -> Metadata:
 
 
 def _content(path: Path) -> bytes:
-    with available(f"{path} cannot be read"):
+    with unavailable(f"{path} cannot be read"):
         try:
             return path.read_bytes()
         except FileNotFoundError as error:

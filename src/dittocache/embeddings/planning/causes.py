@@ -7,7 +7,7 @@ from typing import Any
 
 _ROLES = {"prompt": "caption", "target": "image", "control": "control image"}
 _RESOLUTION = frozenset({"size", "area", "resolution", "condition_resolution"})
-_TRANSFORMS = {"template": "prompt template", "image_backend": "image backend"}
+_TRANSFORMS = {"template": "prompt template", "image_backend": "image backend", "shapes": "picture shapes"}
 
 
 def causes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -25,6 +25,7 @@ def causes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     found += _input_causes(old.get("inputs") or (), new.get("inputs") or ())
     found += _transform_causes(old.get("transform") or {}, new.get("transform") or {})
     found += _library_causes(old.get("libraries") or {}, new.get("libraries") or {})
+    found += _storage_causes(old.get("storage") or {}, new.get("storage") or {})
     if not found and old != new:
         fields = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
         found.append(f"{', '.join(fields)} changed")
@@ -41,6 +42,8 @@ def _encoder_causes(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None
         found.append(f"dtype changed ({old.get('dtype')} -> {new.get('dtype')})")
     if old.get("quantization") != new.get("quantization"):
         found.append("quantization changed")
+    if old.get("batching") != new.get("batching"):
+        found.append(f"batching changed ({old.get('batching', 'exact')} -> {new.get('batching', 'exact')})")
     before, after = old.get("beside") or {}, new.get("beside") or {}
     return found + [f"{name} changed" for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
 
@@ -70,3 +73,14 @@ def _library_causes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]
         for name in sorted({*old, *new})
         if old.get(name) != new.get(name)
     ]
+
+
+def _storage_causes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Another base record follows from another cause, which is named already; sharing rows at all is a setting."""
+    found = []
+    before, after = old.get("dtype", "native"), new.get("dtype", "native")
+    if before != after:
+        found.append(f"storage form changed ({before} -> {after})")
+    if ("rows_shared_with" in old) != ("rows_shared_with" in new):
+        found.append("sharing of rows with the empty prompt turned " + ("on" if "rows_shared_with" in new else "off"))
+    return found

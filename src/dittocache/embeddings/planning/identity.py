@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from blake3 import blake3
 
-from dittocache.data.digests import DIGEST_BYTES, Digests
+from dittocache.data.digests import DIGEST_BYTES, ContentIndex, Digests
 from dittocache.embeddings.recipe import canonical_json
 from dittocache.errors import DataError, ModelError
 
@@ -119,6 +119,8 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _file_digests(files: Sequence[Path], index: Digests) -> dict[str, str]:
+    if isinstance(index, ContentIndex):
+        index.read_ahead(files)
     try:
         return {file.name: index.digest(file) for file in files}
     except DataError as error:

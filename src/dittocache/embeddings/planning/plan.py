@@ -2,52 +2,43 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from dittocache.data.digests import ContentIndex, Snapshot
+from dittocache.data.digests import ContentIndex
+from dittocache.data.folder import save_memory
+from dittocache.data.folder_samples import FolderSamples
 from dittocache.data.sample import Sample
-from dittocache.embeddings.planning.causes import causes
-from dittocache.embeddings.planning.identity import encoder_identity
+from dittocache.data.snapshot import Snapshot
+from dittocache.embeddings.planning.estimate import BytesEstimate, estimate_bytes
+from dittocache.embeddings.planning.identity import encoder_identity, model_folder
+from dittocache.embeddings.planning.keyindex import StoredRecords
+from dittocache.embeddings.planning.keys import KeyMaker
+from dittocache.embeddings.planning.keytable import KeyTable, Row
+from dittocache.embeddings.planning.lookup import record_lengths
 from dittocache.embeddings.planning.manifest import Manifest
-from dittocache.embeddings.recipe import Recipe, artifact_recipe, recipe_key
+from dittocache.embeddings.planning.memory import plan_folder
+from dittocache.embeddings.planning.misses import ABSENT, NEW, Miss, Misses, find_misses
+from dittocache.embeddings.planning.needs import Need, Needs
+from dittocache.embeddings.planning.rates import Forecast, Rates
+from dittocache.embeddings.planning.report import describe, plan_as_dict
+from dittocache.embeddings.recipe import Recipe
+from dittocache.embeddings.store.storage import Storage
 from dittocache.embeddings.store.store import Store
-from dittocache.errors import DataError, StoreUnavailableError
-from dittocache.families.base import Family, Sizes
+from dittocache.errors import DataError, DittocacheError, StoreUnavailableError
+from dittocache.families.base import Batching, Family, Sizes
+from dittocache.families.estimates import size_estimator
 
-NEW = "new"
-ABSENT = "missing in the store, or damaged"
+__all__ = ["ABSENT", "NEW", "Miss", "Need", "Plan", "make_plan"]
 
-
-@dataclass(frozen=True)
-class Need:
-    """What one sample needs of one encoder: artifact name -> key."""
-
-    sample: Sample
-    keys: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Miss:
-    """A record that has to be encoded, and why.
-
-    Attributes:
-        sample, artifact: the first of those that need it.
-        key: under which it will be stored.
-        cause: `new`, `missing in the store, or damaged`, or what changed: `caption changed`, ...
-        stale: True where an earlier record was made for this sample's artifact that no longer fits.
-    """
-
-    sample: str
-    artifact: str
-    key: str
-    cause: str
-    stale: bool
+NATIVE = Storage()
 
 
 @dataclass(frozen=True)
@@ -57,26 +48,30 @@ class Plan:
     Attributes:
         manifest: of the run, once everything missing is encoded.
         needs: by encoder (None for plain facts), for every sample in order.
-        sizes, model, dtype: what the keys were computed for.
+        sizes, model, dtype, storage, batching: what the keys were computed for.
         stored: bytes of each needed record that is there.
         missed: the records to encode, each once however many samples share it.
         removed: samples of the previous manifest that the data set no longer has.
         orphans: records in the store that the previous manifest used and this one does not.
         snapshot: the content digests that the keys stand for.
         notes: what the user should know besides.
+        forecast: what is needed to tell how many bytes and seconds are still to come.
     """
 
     manifest: Manifest
-    needs: Mapping[str | None, Sequence[Need]]
+    needs: Mapping[str | None, Needs]
     sizes: Sizes
     model: str
     dtype: torch.dtype
-    stored: Mapping[str, int]
-    missed: Sequence[Miss]
+    storage: Storage
+    stored: StoredRecords
+    missed: Misses
     removed: Sequence[str]
     orphans: int
     snapshot: Snapshot
     notes: Sequence[str] = ()
+    batching: Batching = "exact"
+    forecast: Forecast = Forecast()
 
     @property
     def hits(self) -> int:
@@ -91,12 +86,47 @@ class Plan:
     @property
     def stale(self) -> list[Miss]:
         """The misses for which an earlier record exists that no longer fits."""
-        return [miss for miss in self.missed if miss.stale]
+        return self.missed.stale
 
     @property
     def bytes_stored(self) -> int:
         """Bytes of the records that are needed and there."""
-        return sum(self.stored.values())
+        return self.stored.bytes
+
+    @cached_property
+    def bytes_to_write(self) -> BytesEstimate | None:
+        """About how many bytes the missing records will take; None where the family or checkpoint cannot tell."""
+        estimator = self.forecast.estimator
+        if estimator is None:
+            return None
+        try:
+            return estimate_bytes(
+                self.forecast.samples,
+                self.manifest.table,
+                self.missed,
+                estimator,
+                self.sizes,
+                self.dtype,
+                self.snapshot.size,
+            )
+        except (DittocacheError, OSError, ValueError):
+            return None  # a guess is not worth a failure; encoding says what is wrong with the checkpoint
+
+    @cached_property
+    def seconds_to_encode(self) -> Mapping[str, float | None]:
+        """About how long each encoder that has work will take on its device; None where that was never measured."""
+        found = {}
+        for encoder in self.needs:
+            count = 0 if encoder is None else len(self.missing(encoder))
+            if encoder is not None and count:
+                each = self.forecast.seconds_per_sample(encoder, self.dtype, self.sizes)
+                found[encoder] = None if each is None else each * count
+        return found
+
+    @cached_property
+    def _present(self) -> npt.NDArray[np.bool_]:
+        """For each key of the manifest's table whether its record is there."""
+        return self.stored.present
 
     def missing(
         self, encoder: str | None, done: Collection[str] = frozenset(), failed: Collection[str] = frozenset()
@@ -107,17 +137,24 @@ class Plan:
             done: keys that were stored since the plan was made.
             failed: names of samples that cannot be encoded; another sample that shares a record takes their place.
         """
-        covered = {*self.stored, *done}
+        covered = set(done)
         chosen = []
-        for need in self.needs.get(encoder, ()):
-            if need.sample.name not in failed and not covered.issuperset(need.keys.values()):
-                covered.update(need.keys.values())
+        for need in self.work(encoder):
+            wanted = {key for key in need.keys.values() if key not in covered and key not in self.stored}
+            if wanted and need.sample.name not in failed:
+                covered |= wanted
                 chosen.append(need.sample)
         return chosen
 
     def work(self, encoder: str | None) -> list[Need]:
         """What `encoder` still has to compute: each of its needs of which a record is missing, in order."""
-        return [need for need in self.needs.get(encoder, ()) if not self.stored.keys() >= set(need.keys.values())]
+        needs = self.needs.get(encoder)
+        return [] if needs is None else [needs.of_row(row) for row in needs.rows_without(self._present)]
+
+    def hits_of(self, encoders: Collection[str | None]) -> int:
+        """Records that these encoders make and that are there."""
+        found = [np.flatnonzero(self.needs[one].ours & self._present) for one in encoders if one in self.needs]
+        return len(np.unique(self.manifest.index.distinct_of[np.concatenate(found)])) if found else 0
 
     def recipe(self, key: str) -> Recipe:
         """What the record of `key` is made from."""
@@ -125,33 +162,11 @@ class Plan:
 
     def describe(self) -> str:
         """The plan in a few lines for a terminal."""
-        samples, records = len(self.manifest.samples), self.hits + self.misses
-        lines = [f"{samples} samples need {records} records: {self.hits} are cached ({_megabytes(self.bytes_stored)})"]
-        lines[0] += f", {self.misses} are to be encoded" if self.misses else ": nothing is left to encode"
-        lines += [f"  {count:>6} {cause}" for cause, count in self._causes().most_common()]
-        if self.removed:
-            lines.append(f"{len(self.removed)} samples are no longer in the data set and will not be trained on")
-        if self.orphans:
-            lines.append(f"{self.orphans} stored records are no longer used by this data set")
-        return "\n".join([*lines, *self.notes])
+        return describe(self)
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON values; `to_encode` counts samples by encoder (`none` for plain facts)."""
-        return {
-            "samples": len(self.manifest.samples),
-            "hits": self.hits,
-            "misses": self.misses,
-            "bytes_stored": self.bytes_stored,
-            "causes": dict(self._causes()),
-            "stale": [{"sample": one.sample, "artifact": one.artifact, "cause": one.cause} for one in self.stale],
-            "to_encode": {encoder or "none": len(self.missing(encoder)) for encoder in self.needs},
-            "removed": list(self.removed),
-            "orphans": self.orphans,
-            "notes": list(self.notes),
-        }
-
-    def _causes(self) -> Counter[str]:
-        return Counter(f"stale: {miss.cause}" if miss.stale else miss.cause for miss in self.missed)
+        return plan_as_dict(self)
 
 
 def make_plan(
@@ -163,6 +178,10 @@ def make_plan(
     store: Store,
     index: ContentIndex,
     previous: Manifest | None = None,
+    storage: Storage = NATIVE,
+    batching: Batching = "exact",
+    rates: Rates | None = None,
+    devices: Mapping[str, str] | None = None,
 ) -> Plan:
     """Work out every key of a data set and look up which records are there; no model is loaded, no picture decoded.
 
@@ -170,6 +189,10 @@ def make_plan(
         dtype: the data type that the encoders will compute in.
         index: what it learns about files is saved.
         previous: the manifest of an earlier run; with it the plan says why records are stale.
+        storage: the form in which records are stored.
+        batching: `together` where samples are to pass an encoder together; see `Family.encode`.
+        rates: how long earlier encodings took, for the time needed.
+        devices: where each encoder will run; `cpu` where it is not named.
 
     Raises DataError listing all samples that the family cannot use and all files that cannot be read, ModelError when
     the checkpoint is missing or incomplete.
@@ -177,66 +200,72 @@ def make_plan(
     identities = {
         encoder: encoder_identity(model, encoder, beside, dtype, index) for encoder, beside in family.encoders.items()
     }
-    snapshot = Snapshot(index)
-    needs: dict[str | None, list[Need]] = {encoder: [] for encoder in (*family.encoders, None)}
-    keys_of: dict[str, dict[str, str]] = {}
-    recipes: dict[str, Recipe] = {}
-    problems: list[str] = []
-    for sample in samples:
-        if sample.name in keys_of:
-            problems.append(f"two samples are called {sample.name!r}; rename the files of one of them")
-            continue
-        by_encoder: dict[str | None, dict[str, str]] = {}
-        try:
-            for artifact in family.artifacts(sample, sizes):
-                identity = None if artifact.encoder is None else identities[artifact.encoder]
-                recipe = artifact_recipe(artifact, family.name, identity, snapshot)
-                key = recipe_key(recipe)
-                recipes[key] = recipe
-                by_encoder.setdefault(artifact.encoder, {})[artifact.name] = key
-        except DataError as error:
-            problems.append(str(error))
-            continue
-        for encoder, keys in by_encoder.items():
-            needs[encoder].append(Need(sample, keys))
-        keys_of[sample.name] = {name: key for keys in by_encoder.values() for name, key in keys.items()}
-    notes = _save(index)
+    if batching == "together":  # the last bits depend on the batch, so these are other encoders
+        identities = {encoder: {**identity, "batching": batching} for encoder, identity in identities.items()}
+    folder = samples if isinstance(samples, FolderSamples) else None
+    snapshot = Snapshot(index, None if folder is None else folder.table)
+    maker = KeyMaker(family, sizes, identities, snapshot, storage, snapshot.size)
+    if folder is None or folder.memory is None:
+        table, problems = _table(samples, maker)
+        notes = _save(index)
+    else:
+        table, problems, notes = plan_folder(folder, maker, folder.memory, model)
+        save_memory(folder)
+        notes = [*folder.notes, *notes, *_save(index)]
     if problems:
         raise DataError(f"{len(problems)} sample(s) cannot be cached", problems)
-    manifest = Manifest(keys_of, recipes, family.name)
-    stored = store.sizes(recipes)
+    manifest = Manifest.of_table(table, family.name)
     before = previous if previous is not None else Manifest({})
+    lengths = record_lengths(store, manifest.index.keys)
     return Plan(
         manifest=manifest,
-        needs=needs,
+        needs={encoder: Needs(samples, table, encoder) for encoder in (*family.encoders, None)},
         sizes=sizes,
         model=str(model),
         dtype=dtype,
-        stored=stored,
-        missed=_misses(manifest, stored, before),
-        removed=[name for name in before.samples if name not in keys_of],
-        orphans=len(store.sizes(before.keys - manifest.keys)),
+        storage=storage,
+        stored=StoredRecords(manifest.index, lengths),
+        missed=find_misses(table, manifest.index, lengths, before.table),
+        removed=_removed(before.table, table),
+        orphans=_orphans(store, before, manifest),
         snapshot=snapshot,
         notes=notes,
+        batching=batching,
+        forecast=Forecast(
+            samples,
+            size_estimator(family.name, model_folder(model)),
+            rates,
+            {encoder: identity["class"][1] for encoder, identity in identities.items()},
+            dict(devices or {}),
+        ),
     )
 
 
-def _misses(manifest: Manifest, stored: Collection[str], previous: Manifest) -> list[Miss]:
-    found: dict[str, Miss] = {}
-    for sample, keys in manifest.samples.items():
-        earlier_keys = previous.samples.get(sample, {})
-        for artifact, key in keys.items():
-            if key in stored or key in found:
-                continue
-            earlier = earlier_keys.get(artifact)
-            if earlier is None:
-                found[key] = Miss(sample, artifact, key, NEW, stale=False)
-            elif earlier == key:
-                found[key] = Miss(sample, artifact, key, ABSENT, stale=False)
-            else:
-                changes = causes(previous.recipes.get(earlier, {}), manifest.recipes[key])
-                found[key] = Miss(sample, artifact, key, ", ".join(changes), stale=True)
-    return list(found.values())
+def _table(samples: Sequence[Sample], maker: KeyMaker) -> tuple[KeyTable, list[str]]:
+    """The keys of all samples, and what is wrong with those that have none."""
+    rows: dict[str, Row] = {}
+    problems: list[str] = []
+    for sample in samples:
+        if sample.name in rows:
+            problems.append(f"two samples are called {sample.name!r}; rename the files of one of them")
+            continue
+        try:
+            rows[sample.name] = maker.row(sample)
+        except DataError as error:
+            problems.append(str(error))
+    return KeyTable.of(rows.values()), problems
+
+
+def _removed(before: KeyTable, now: KeyTable) -> list[str]:
+    if before.names == now.names:
+        return []
+    return [name for name in before.names if name not in now.row_of]
+
+
+def _orphans(store: Store, before: Manifest, now: Manifest) -> int:
+    """How many records that the previous manifest used are in the store and no longer used."""
+    left = before.index.keys[~now.index.contains(before.index.keys)]
+    return int((record_lengths(store, left) >= 0).sum())
 
 
 def _save(index: ContentIndex) -> list[str]:
@@ -246,7 +275,3 @@ def _save(index: ContentIndex) -> list[str]:
     except StoreUnavailableError as error:
         return [f"files will be read again by the next plan: {error}"]
     return []
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"

@@ -79,13 +79,13 @@ class _Memory:
 
     def __init__(self, length: int, pin: bool) -> None:
         size = max(1, -(-length // _GRANULE)) * _GRANULE
-        self._tensor = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
-        self.bytes = self._tensor.numpy()
+        self._pinned = pin
+        self.bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pin).numpy()
         self._used: torch.cuda.Event | None = None
 
     def note_use(self) -> None:
         """A copy that was started with `non_blocking=True` outlives its tensor: remember where the stream stands."""
-        if self._tensor.is_pinned():
+        if self._pinned:
             self._used = torch.cuda.current_stream().record_event()
 
     def wait(self) -> None:

@@ -12,7 +12,7 @@ from dittocache.embeddings.planning.manifest import Manifest
 from dittocache.embeddings.reading.buffers import Buffers, carve
 from dittocache.embeddings.reading.collate import Column, columns, fill_masks, own_rows
 from dittocache.embeddings.reading.read_ahead import Reading, read_ahead
-from dittocache.embeddings.reading.records import Form, RecordReader, bytes_of
+from dittocache.embeddings.reading.records import Form, RecordReader
 from dittocache.embeddings.store.store import Store
 from dittocache.errors import DataError, RecordCorruptError, RecordMissingError
 from dittocache.families.base import Tensors
@@ -80,14 +80,21 @@ class CachedSamples:
         return Reading(samples, parts)
 
     def _fill(self, name: str, forms: Forms, targets: Tensors) -> None:
+        """Read a sample's artifacts, those that others share rows with first."""
         keys = self._keys(name)
-        for artifact, form in forms.items():
+        read: dict[str, torch.Tensor] = {}  # by key
+
+        def base(key: str) -> torch.Tensor:
+            return read[key] if key in read else self._records.read(key)
+
+        for artifact, form in sorted(forms.items(), key=lambda item: item[1].base_key is not None):
+            key, target = keys[artifact], targets[artifact]
             with _named(name, artifact):
-                target = targets[artifact]
                 if target.dtype == form.dtype:
-                    self._records.read_into(keys[artifact], form, bytes_of(target))
+                    self._records.read_into(target, key, form, base)
+                    read[key] = target
                 else:  # a mask that is not stored as bool
-                    target.copy_(self._records.read(keys[artifact]) != 0)
+                    target.copy_(self._records.read(key) != 0)
 
     def _forms(self, name: str) -> Forms:
         forms = {}

@@ -1,31 +1,31 @@
 """Records on their straight way from disk into memory that the caller chose, verified as they pass.
 
-A header is parsed and proven once; afterwards its bytes are only compared with a digest. Whatever is out of the
-ordinary (a stored form, a store that is not on a file system, a record that does not match) is left to `Store.read`.
+A header is parsed and proven once; afterwards its bytes are only compared with a digest. Whatever does not match is
+left to `Store.read`, which knows what to do about it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from xxhash import xxh3_64, xxh3_64_intdigest
 
-from dittocache.embeddings.store.record import (
-    DTYPES,
-    LENGTH_BYTES,
-    Header,
-    header_length,
-    parse_header,
-)
-from dittocache.embeddings.store.store import OpenRecord, Store
+from dittocache.embeddings.reading.buffers import Buffers
+from dittocache.embeddings.store.header import DTYPES, Header, parse_header
+from dittocache.embeddings.store.loose import OpenRecord, read_header
+from dittocache.embeddings.store.record import restore, verify_header
+from dittocache.embeddings.store.storage import base_key_of, bases_for
+from dittocache.embeddings.store.store import Store
 from dittocache.errors import RecordCorruptError
 
-HEADER_GUESS = 4096  # most headers fit: one read instead of two
 CHUNK_BYTES = 1 << 18  # read and verified while it is still in the core's cache
-REMEMBERED = 1 << 18  # headers; some 100 MB at most
+LONG_BYTES = 1 << 20  # longer records are announced to the system
+REMEMBERED = 1 << 18  # headers; some 100 MB
+
+ReadBase = Callable[[str], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +34,11 @@ class Form:
 
     Attributes:
         dtype, shape: of the tensor as the encoder made it.
-        begin, length: where the tensor's bytes begin in the record, and how long the record is.
+        begin, length: where the tensors' bytes begin in the record, and how long the record is.
         header_digest: of the bytes before `begin`.
-        checksum: of the tensor, from the header.
-        meaning: the text that the checksum covers before the tensor's bytes.
-        straight: the stored bytes are the tensor's bytes.
+        checksum, meaning: of the bytes after it, and the text that the checksum covers before them.
+        restoring: the header, where the bytes are not the tensor's own.
+        base_key: of the record that it shares rows with.
     """
 
     dtype: torch.dtype
@@ -48,7 +48,8 @@ class Form:
     header_digest: int
     checksum: str
     meaning: bytes
-    straight: bool
+    restoring: Header | None
+    base_key: str | None
 
 
 class RecordReader:
@@ -58,15 +59,14 @@ class RecordReader:
         self._store = store
         self._process = os.getpid()
         self._forms: dict[str, Form] = {}
-
-    def __reduce__(self) -> tuple[type[RecordReader], tuple[Store]]:
-        return RecordReader, (self._store,)
+        self._scratch = Buffers(pin=False)
 
     @property
     def store(self) -> Store:
         """The store; a process of its own after a fork, since open files and locks are not for sharing."""
         if self._process != os.getpid():
-            self._store = Store(self._store.root)
+            self._store = Store(self._store.location)
+            self._scratch = Buffers(pin=False)
             self._process = os.getpid()
         return self._store
 
@@ -76,75 +76,80 @@ class RecordReader:
         Raises RecordMissingError, RecordCorruptError or StoreUnavailableError as `Store.read` does.
         """
         form = self._forms.get(key)
-        if form is None:
-            form = self._read_form(key)
-            while len(self._forms) >= REMEMBERED:
-                self._forms.pop(next(iter(self._forms)), None)
-            self._forms[key] = form
-        return form
+        if form is not None:
+            return form
+        store = self.store
+        if not store.is_local:
+            return self._remember(key, store.header(key), b"")
+        with store.opened(key) as record:
+            return self._form_of(key, record)
 
-    def read_into(self, key: str, form: Form, target: memoryview) -> None:
-        """Fill `target`, bytes of the form's length, with the tensor; it is verified when this returns.
+    def read_into(self, target: torch.Tensor, key: str, form: Form, read_base: ReadBase | None = None) -> None:
+        """Fill a contiguous tensor of the form's dtype and shape; it is verified when this returns.
 
+        `read_base` gives the tensor of a record that this one shares rows with, by default from the store.
         Raises as `form` does; then the target's content is unspecified.
         """
-        if not form.straight or not self._read_straight(key, form, target):
-            self._read_by_store(key, form, target)
+        if self.store.is_local:
+            with self.store.opened(key) as record:
+                if self._read_straight(record, target, key, form, read_base or self.read):
+                    return
+            self._forms.pop(key, None)
+        self._read_by_store(target, key, form)
 
     def read(self, key: str) -> torch.Tensor:
         """The tensor in memory of its own; raises as `form` does."""
-        form = self.form(key)
-        if not form.straight:
+        if not self.store.is_local:
             return self.store.read(key)
-        tensor = torch.empty(form.shape, dtype=form.dtype)
-        self.read_into(key, form, bytes_of(tensor))
-        return tensor
-
-    def _read_form(self, key: str) -> Form:
-        if getattr(self.store, "is_local", True):
-            with self.store.opened(key) as record:
-                start = os.pread(record.descriptor, min(HEADER_GUESS, record.length), record.offset)
-                try:
-                    begin = LENGTH_BYTES + header_length(start)
-                    if begin > len(start):
-                        start = os.pread(record.descriptor, min(begin, record.length), record.offset)
-                    header = parse_header(start, record.length)
-                    if _is_straight(header, key):
-                        return _straight_form(header, start[:begin])
-                except RecordCorruptError:
-                    pass  # `Store.read` below finds it too, and puts the record into quarantine
-        tensor = self.store.read(key)
-        return Form(tensor.dtype, tuple(tensor.shape), 0, 0, 0, "", b"", straight=False)
-
-    def _read_straight(self, key: str, form: Form, target: memoryview) -> bool:
-        """Read and verify; False when anything does not match."""
         with self.store.opened(key) as record:
-            if record.length != form.length:
-                return False
-            header = bytearray(form.begin)
-            first = min(CHUNK_BYTES, len(target))
-            if not _fill(record, 0, [memoryview(header), target[:first]]):
-                return False
-            if xxh3_64_intdigest(header) != form.header_digest:
-                return False
-            hasher = xxh3_64(form.meaning)
-            hasher.update(target[:first])
-            for place in range(first, len(target), CHUNK_BYTES):
-                chunk = target[place : place + CHUNK_BYTES]
-                if not _fill(record, form.begin + place, [chunk]):
-                    return False
-                hasher.update(chunk)
-        return bool(hasher.hexdigest() == form.checksum)
+            form = self._forms.get(key) or self._form_of(key, record)
+            tensor = torch.empty(form.shape, dtype=form.dtype)
+            if self._read_straight(record, tensor, key, form, self.read):
+                return tensor
+        self._forms.pop(key, None)
+        return self.store.read(key)
 
-    def _read_by_store(self, key: str, form: Form, target: memoryview) -> None:
-        self._forms.pop(key, None) if form.straight else None
+    def _form_of(self, key: str, record: OpenRecord) -> Form:
+        try:
+            start = read_header(record)
+            header = parse_header(start, record.length)
+            return self._remember(key, header, start[: header.begin])
+        except RecordCorruptError:
+            self.store.read(key)  # finds it too, and puts the record into quarantine
+            raise
+
+    def _remember(self, key: str, header: Header, start: bytes) -> Form:
+        form = _form(header, start, key)
+        while len(self._forms) >= REMEMBERED:
+            self._forms.pop(next(iter(self._forms)), None)
+        self._forms[key] = form
+        return form
+
+    def _read_straight(
+        self, record: OpenRecord, target: torch.Tensor, key: str, form: Form, read_base: ReadBase
+    ) -> bool:
+        """Read, verify and restore; False when anything in the record does not match."""
+        if form.restoring is None:
+            return _read_verified(record, form, bytes_of(target))
+        content = self._scratch.take(form.length - form.begin).data
+        if not _read_verified(record, form, content):
+            return False
+        base = None if form.base_key is None else bases_for(key, read_base)(form.base_key)
+        try:
+            restore(form.restoring, content, base, out=target)
+        except RecordCorruptError:
+            return False
+        return True
+
+    def _read_by_store(self, target: torch.Tensor, key: str, form: Form) -> None:
         tensor = self.store.read(key)
         if (tensor.dtype, tuple(tensor.shape)) != (form.dtype, form.shape):
+            self._forms.pop(key, None)
             raise RecordCorruptError(
                 f"record {key} was exchanged while it was read: it held {form.dtype} {list(form.shape)} and now holds "
                 f"{tensor.dtype} {list(tensor.shape)}; read it again"
             )
-        target[:] = bytes_of(tensor.contiguous())
+        target.copy_(tensor)
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -152,12 +157,8 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def _is_straight(header: Header, key: str) -> bool:
-    recipe = header.recipe
-    return header.key == key and recipe.get("artifact") == header.name and header.is_plain
-
-
-def _straight_form(header: Header, start: bytes) -> Form:
+def _form(header: Header, start: bytes, key: str) -> Form:
+    recipe = verify_header(header, key)
     return Form(
         dtype=DTYPES[header.dtype],
         shape=header.shape,
@@ -166,14 +167,51 @@ def _straight_form(header: Header, start: bytes) -> Form:
         header_digest=xxh3_64_intdigest(start),
         checksum=header.checksum,
         meaning=header.meaning,
-        straight=True,
+        restoring=None if header.is_plain else replace(header, recipe_json=""),
+        base_key=base_key_of(recipe) if header.needs_base else None,
     )
+
+
+def _read_verified(record: OpenRecord, form: Form, target: memoryview) -> bool:
+    """Read the bytes after the header; False when anything does not match."""
+    if record.length != form.length:
+        return False
+    if record.length > LONG_BYTES:
+        _announce(record)
+    start = memoryview(bytearray(form.begin))
+    chunk = target[:CHUNK_BYTES]
+    if not _fill(record, 0, (start, chunk)) or xxh3_64_intdigest(start) != form.header_digest:
+        return False
+    hasher = xxh3_64(form.meaning)
+    if form.restoring is None:
+        hasher.update(chunk)
+    for place in range(CHUNK_BYTES, len(target), CHUNK_BYTES):
+        chunk = target[place : place + CHUNK_BYTES]
+        if not _fill(record, form.begin + place, (chunk,)):
+            return False
+        if form.restoring is None:
+            hasher.update(chunk)
+    if form.restoring is not None:
+        for part in form.restoring.parts:  # the checksum covers them by name, not by place
+            hasher.update(target[part.begin - form.begin : part.end - form.begin])
+    return bool(hasher.hexdigest() == form.checksum)
+
+
+def _announce(record: OpenRecord) -> None:
+    """Where the system offers it, let it fetch all of a long record that is not in memory, not piece by piece."""
+    if hasattr(os, "RWF_NOWAIT"):
+        try:
+            os.preadv(record.descriptor, [bytearray(1)], record.offset + record.length - 1, os.RWF_NOWAIT)
+        except BlockingIOError:
+            os.posix_fadvise(record.descriptor, record.offset, record.length, os.POSIX_FADV_WILLNEED)
+        except OSError:
+            pass  # the file system cannot tell
 
 
 def _fill(record: OpenRecord, place: int, parts: Sequence[memoryview]) -> bool:
     """Fill the parts from `place` of the record on; False when the file ends before."""
-    wanted = sum(len(part) for part in parts)
-    count = os.preadv(record.descriptor, list(parts), record.offset + place)
+    wanted = sum(map(len, parts))
+    count = os.preadv(record.descriptor, parts, record.offset + place)
     if count == wanted:
         return True
     for part in parts:  # a network file system may give less than was asked for

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from dittocache.embeddings.store import writer_id
-from dittocache.embeddings.store.durable import TEMPORARY_PATTERN, replace_file, sync_folder, writer_of
+from dittocache.embeddings.store.durable import TEMPORARY_PATTERN, replace_files, sync_folder, writer_of
 from dittocache.embeddings.store.record import LENGTH_BYTES, header_length, parse_header
 from dittocache.errors import CacheError, RecordCorruptError
 
@@ -24,11 +24,12 @@ _HEX = frozenset("0123456789abcdef")
 
 @dataclass(frozen=True)
 class OpenRecord:
-    """An open file that holds a record: `length` bytes from `offset`."""
+    """An open file that holds a record: `length` bytes from `offset`; `pack` is None for a loose record."""
 
     descriptor: int
     offset: int
     length: int
+    pack: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,14 @@ class LooseRecords:
         finally:
             os.close(descriptor)
 
-    def write(self, key: str, content: bytes) -> None:
-        """Make the record's file hold these bytes, atomically and durably."""
-        path = self.path(key)
-        if not path.parent.is_dir():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sync_folder(path.parent.parent)
-        replace_file(path, content)
+    def write(self, contents: Mapping[str, bytes]) -> None:
+        """Make the records' files hold these bytes, each atomically, all durably."""
+        files = {self.path(key): content for key, content in contents.items()}
+        for folder in {path.parent for path in files}:
+            if not folder.is_dir():
+                folder.mkdir(parents=True, exist_ok=True)
+                sync_folder(folder.parent)
+        replace_files(files)
 
     def sizes(self, keys: Collection[str]) -> dict[str, int]:
         """Length in bytes of those records that are there.
@@ -81,26 +83,41 @@ class LooseRecords:
         Of many only the folders are listed, which does not show that; reading such a record does.
         """
         if len(keys) >= LISTING_FROM:
-            wanted = keys if isinstance(keys, (set, frozenset, dict)) else set(keys)
-            return {file.key: file.length for file in self.files(wanted)}
+            return self._listed(keys)
         found = {}
         for key in keys:
             with suppress(FileNotFoundError, RecordCorruptError), self.opened(key) as record:
                 found[key] = parse_header(read_header(record), record.length).end
         return found
 
-    def files(self, wanted: Collection[str] | None = None) -> Iterator[LooseFile]:
-        """Every record's file, or only those of the wanted keys, folder by folder."""
-        prefixes = None if wanted is None else {key[:2] for key in wanted}
+    def _listed(self, keys: Iterable[str]) -> dict[str, int]:
+        found: dict[str, int] = {}
+        wanted: dict[str, set[str]] = {}  # one small set a folder is faster than a large one for all
+        for key in keys:
+            wanted.setdefault(key[:2], set()).add(key + SUFFIX)
         for folder in self._folders():
-            if prefixes is not None and folder.name not in prefixes:
+            names = wanted.get(folder.name)
+            if names is None:
                 continue
+            with os.scandir(folder) as entries:
+                for entry in entries:  # hundreds of thousands: nothing here that is not needed
+                    name = entry.name
+                    if name in names:
+                        try:  # noqa: SIM105
+                            found[name[:_KEY_LENGTH]] = entry.stat().st_size
+                        except FileNotFoundError:
+                            pass  # taken out meanwhile
+        return found
+
+    def files(self) -> Iterator[LooseFile]:
+        """Every record's file, folder by folder."""
+        for folder in self._folders():
             with os.scandir(folder) as entries:
                 for entry in entries:
                     key = entry.name[:_KEY_LENGTH]
-                    if (wanted is None or key in wanted) and entry.name == key + SUFFIX and is_key(key):
+                    if entry.name == key + SUFFIX and is_key(key):
                         with suppress(FileNotFoundError):  # taken out meanwhile
-                            status = entry.stat(follow_symlinks=False)
+                            status = entry.stat()
                             yield LooseFile(key, status.st_size, status.st_mtime_ns)
 
     def keys(self) -> Iterator[str]:

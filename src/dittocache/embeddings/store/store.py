@@ -6,11 +6,9 @@ a record that does not match its checksum is never returned but moved to `quaran
 
 from __future__ import annotations
 
-import json
-import os
-import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,27 @@ import torch
 
 from dittocache.embeddings.recipe import Recipe
 from dittocache.embeddings.store.durable import replace_file
-from dittocache.embeddings.store.loose import SUFFIX, LooseRecords, OpenRecord, read_bytes, read_header
+from dittocache.embeddings.store.layout import LAYOUT_NAME, check_layout, layout_content
+from dittocache.embeddings.store.local import LocalRecords
+from dittocache.embeddings.store.location import location
+from dittocache.embeddings.store.loose import OpenRecord, read_bytes, read_header
+from dittocache.embeddings.store.maintenance import maintenance
 from dittocache.embeddings.store.record import Header, pack, parse_header, unpack
-from dittocache.embeddings.store.storage import bases_for
+from dittocache.embeddings.store.storage import base_key_of, bases_for
 from dittocache.embeddings.store.unavailable import unavailable
-from dittocache.errors import CacheError, RecordCorruptError, RecordMissingError
+from dittocache.errors import RecordCorruptError, RecordMissingError
 
-LAYOUT_VERSION = 1
+__all__ = ["NewRecord", "OpenRecord", "Store"]
 
-__all__ = ["LAYOUT_VERSION", "OpenRecord", "Store"]
+
+@dataclass(frozen=True)
+class NewRecord:
+    """A tensor that is to be stored under the key of its recipe; `provenance` is kept beside and is no part of it."""
+
+    key: str
+    tensor: torch.Tensor
+    recipe: Mapping[str, Any]
+    provenance: Mapping[str, Any] | None = None
 
 
 class Store:
@@ -35,13 +45,33 @@ class Store:
     Args:
         root: the folder; it is created by the first write.
 
-    Raises CacheError when a newer version of dittocache laid the folder out.
+    Raises CacheError when another version of dittocache laid the folder out.
     """
 
+    def __new__(cls, root: Path | str) -> Store:
+        if isinstance(location(root), str):
+            from dittocache.embeddings.store.remote_store import RemoteStore
+
+            cls = RemoteStore
+        return super().__new__(cls)
+
     def __init__(self, root: Path | str) -> None:
-        self.root = Path(root)
-        self._loose = LooseRecords(self.root)
-        self._check_layout()
+        self.root = Path(location(root))
+        self._local = LocalRecords(self.root)
+        self._has_layout = self._check_layout()
+
+    def __reduce__(self) -> tuple[type[Store], tuple[Path | str]]:
+        return Store, (self.location,)  # another process opens its own files
+
+    @property
+    def location(self) -> Path | str:
+        """What `Store` takes to open the same one: the folder, or the URL."""
+        return self.root
+
+    @property
+    def local(self) -> LocalRecords:
+        """Where the records are: for packing, garbage collection and verification."""
+        return self._local
 
     @property
     def is_local(self) -> bool:
@@ -64,13 +94,30 @@ class Store:
         Raises StoreUnavailableError when the folder cannot be written (disk full, read-only, no permission, path too
         long), leaving nothing behind; CacheError when the key is not the recipe's.
         """
-        content = pack(key, tensor, recipe, provenance, base=self.read)
-        if not replace and (present := self.sizes([key])):
-            return present[key]
-        with unavailable(f"record {key} cannot be written to {self._loose.path(key).parent}"):
-            self._loose.write(key, content)
-            self._write_layout()
-        return len(content)
+        [length] = self.write_many([NewRecord(key, tensor, recipe, provenance)], replace=replace)
+        return length
+
+    def write_many(self, records: Sequence[NewRecord], *, replace: bool = False) -> list[int]:
+        """`write` for records that are ready at the same time, which costs far less than one by one.
+
+        Returns the length in bytes of each; all of them are durable then. A record that shares rows with another one of
+        them is written after it. When this fails, some of them may be stored.
+        """
+        lengths: dict[str, int] = {}
+        for depends in (False, True):
+            part = [record for record in records if (base_key_of(record.recipe) is not None) == depends]
+            contents = {
+                record.key: pack(record.key, record.tensor, record.recipe, record.provenance, base=self.read)
+                for record in part
+            }
+            present = {} if replace else self.sizes(contents)
+            new = {key: content for key, content in contents.items() if key not in present}
+            if new:
+                with unavailable(f"{_named(new)} cannot be written to {self._local.loose.folder}"):
+                    self._write_layout()
+                    self._local.write(new)
+            lengths |= present | {key: len(content) for key, content in new.items()}
+        return [lengths[record.key] for record in records]
 
     def read(self, key: str) -> torch.Tensor:
         """The tensor, on the CPU, after its whole record was verified.
@@ -83,7 +130,7 @@ class Store:
             try:
                 return unpack(read_bytes(record), key, base=bases_for(key, self.read))
             except RecordCorruptError as error:
-                where = self._quarantine(key, record)
+                where = self._local.quarantine(key, record)
                 raise RecordCorruptError(f"record {key}: {error}; {where}. Caching again makes it anew") from error
 
     def fetch(self, key: str) -> bytes:
@@ -98,7 +145,7 @@ class Store:
     def sizes(self, keys: Iterable[str]) -> dict[str, int]:
         """Length in bytes of those records that are there and whole as far as can be told without reading them."""
         with unavailable(f"the store {self.root} cannot be read"):
-            return self._loose.sizes(keys if isinstance(keys, Collection) else set(keys))
+            return self._local.sizes(keys if isinstance(keys, Collection) else set(keys))
 
     def bytes_of(self, key: str) -> int:
         """Length of the record in bytes; raises RecordMissingError or RecordCorruptError."""
@@ -116,7 +163,7 @@ class Store:
     def keys(self) -> Iterator[str]:
         """Keys of all records, in no particular order; whether they are whole is not looked at."""
         with unavailable(f"the store {self.root} cannot be read"):
-            yield from self._loose.keys()
+            yield from self._local.keys()
 
     def sweep(self) -> int:
         """Remove what dead writers left half-written and return how many files that were.
@@ -125,7 +172,7 @@ class Store:
         """
         removed = 0
         with unavailable(f"the store {self.root} cannot be swept"):
-            for temporary in self._loose.temporaries():
+            for temporary in self._local.temporaries():
                 temporary.unlink(missing_ok=True)
                 removed += 1
         return removed
@@ -136,50 +183,47 @@ class Store:
 
         Raises RecordMissingError; StoreUnavailableError when the folder cannot be read.
         """
-        with unavailable(f"record {key} cannot be read from {self._loose.path(key).parent}"):
+        with unavailable(f"record {key} cannot be read from {self.root}"), ExitStack() as stack:
             try:
-                opening = self._loose.opened(key)
-                record = opening.__enter__()
+                record = stack.enter_context(self._local.opened(key))
             except FileNotFoundError as error:
                 raise RecordMissingError(f"record {key} is not in {self.root}; cache the data set again") from error
-            try:
-                yield record
-            finally:
-                opening.__exit__(None, None, None)
+            yield record
 
-    def _quarantine(self, key: str, record: OpenRecord) -> str:
-        """Move the record out of the way, and say where it is."""
-        path = self._loose.path(key)
-        shelter = self.root / "quarantine"
-        target = shelter / f"{key}.{time.time_ns()}{SUFFIX}"
-        try:
-            if not os.path.samestat(os.stat(path), os.fstat(record.descriptor)):
-                return "another process has replaced it meanwhile"
-            shelter.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
-        except FileNotFoundError:
-            return "another process has taken it out of the store meanwhile"
-        except OSError as error:
-            return f"it could not be moved to {shelter} ({error.strerror or error}): remove {path}"
-        return f"it was moved to {target}"
+    def rebuild_index(self) -> int:
+        """Make the pack index anew from the packs' own headers and return how many records it has.
 
-    def _check_layout(self) -> None:
-        layout = self.root / "layout.json"
-        try:
-            with unavailable(f"the store {self.root} cannot be read"):
-                if not layout.exists():
-                    return
-                version = json.loads(layout.read_bytes())["version"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CacheError(f"{layout} is damaged ({error!r}); remove it: it is written again") from error
-        if version != LAYOUT_VERSION:
-            raise CacheError(
-                f"the store {self.root} has layout {version!r}, this version of dittocache knows {LAYOUT_VERSION}; "
-                "upgrade dittocache or choose another cache_dir"
-            )
+        Reading does the same in memory when the index is missing or damaged. Raises CacheError while another process
+        packs or removes records.
+        """
+        with maintenance(self._local):
+            self._local.packed.refresh()
+            index, _ = self._local.packed.rebuilt(self._local.packed.snapshot.dropped)
+            self._local.packed.publish(index)
+        return len(index)
+
+    def _check_layout(self) -> bool:
+        """Whether the store says its layout; raises CacheError unless it is this one."""
+        layout = self.root / LAYOUT_NAME
+        with unavailable(f"the store {self.root} cannot be read"):
+            if not layout.exists():
+                return False
+            check_layout(str(self.root), layout.read_bytes())
+        return True
+
+    def prepare(self) -> None:
+        """Make the folder and say its layout, for who writes packs; `write` does it by itself. Raises OSError."""
+        self._write_layout()
 
     def _write_layout(self) -> None:
-        """The first record also says which layout the store has."""
-        layout = self.root / "layout.json"
-        if not layout.exists():
-            replace_file(layout, json.dumps({"version": LAYOUT_VERSION}).encode())
+        """Before the first record comes which layout the store has; the store may have been cleared meanwhile."""
+        if self._has_layout and (self.root / LAYOUT_NAME).exists():
+            return
+        self.root.mkdir(parents=True, exist_ok=True)
+        replace_file(self.root / LAYOUT_NAME, layout_content())
+        self._has_layout = True
+
+
+def _named(keys: Collection[str]) -> str:
+    first = next(iter(keys))
+    return f"record {first}" if len(keys) == 1 else f"{len(keys)} records, {first} among them,"

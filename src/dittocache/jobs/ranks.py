@@ -1,0 +1,52 @@
+"""Which of the processes that torchrun or Slurm started this one is, and which GPU is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dittocache.errors import ConfigError
+
+# By launcher: this process's number, how many there are, its number on this machine.
+_LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One process of a group: `index` of `count`, and `local`, its number among those on this machine."""
+
+    index: int = 0
+    count: int = 1
+    local: int = 0
+
+
+def rank_of(environment: Mapping[str, str]) -> Rank:
+    """The rank that torchrun, or else srun, gave this process; the only one where neither started it.
+
+    Raises ConfigError when the variables make no sense.
+    """
+    for names in _LAUNCHERS:
+        index, count, local = names
+        if index not in environment or count not in environment:
+            continue
+        found = {name: environment.get(name, "0") for name in names}
+        if not all(value.isdecimal() for value in found.values()) or int(found[index]) >= int(found[count]):
+            listed = ", ".join(f"{name}={value!r}" for name, value in found.items())
+            raise ConfigError(
+                f"the environment says {listed}; expected numbers with {index} below {count}, as torchrun and srun set "
+                "them; unset them to run one process"
+            )
+        return Rank(int(found[index]), int(found[count]), int(found[local]))
+    return Rank()
+
+
+def device_of_worker(device: str, position: int, devices: int) -> str:
+    """The device of the worker at `position` on this machine: CUDA devices are dealt out from the named one on.
+
+    Args:
+        devices: how many CUDA devices this process sees.
+    """
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or devices < 2:
+        return device
+    return f"cuda:{(int(index or 0) + position) % devices}"
