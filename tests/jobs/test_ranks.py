@@ -11,6 +11,7 @@ import pytest
 from dittocache.config import RunConfig, check_config
 from dittocache.errors import ConfigError
 from dittocache.events import read_events
+from dittocache.jobs import process
 from dittocache.jobs.ranks import Rank, device_of_worker, rank_of
 from dittocache.jobs.run_folder import held_folder
 from dittocache.jobs.stages import CACHE, TRAIN
@@ -87,3 +88,12 @@ def test_the_first_rank_does_everything(run: RunConfig, play: Play, monkeypatch:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run_workflow(run, TRAIN, python=play({})) == run.run_dir
     assert stages_started(run.run_dir) == list(TRAIN)
+
+
+def test_only_caching_stages_know_that_a_launcher_started_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "host", "TORCHELASTIC_RUN_ID": "x"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    assert launched.items() <= process.environment_of("cache_text").items()
+    alone = process.environment_of("train")
+    assert not launched.keys() & alone.keys() and alone["PATH"]

@@ -12,7 +12,9 @@ from datetime import datetime
 from pathlib import Path
 
 from dittocache.errors import StageError
+from dittocache.jobs.ranks import without_rank
 from dittocache.jobs.run_folder import LOG_NAME
+from dittocache.jobs.stages import CACHING
 
 CPU_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Threads that wait by spinning slow a stage down ten times and more on cores that it shares; sleeping costs little."""
@@ -61,7 +63,7 @@ class StageProcess:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    env={**CPU_THREADS, **os.environ},
+                    env={**CPU_THREADS, **environment_of(stage)},
                     pass_fds=inherited,
                     start_new_session=True,  # a group of its own: Ctrl-C reaches it through us only, in good order
                 )
@@ -101,3 +103,8 @@ class StageProcess:
         with self._log.open("rb") as stream:
             stream.seek(self._log_start)
             return stream.read().decode(errors="replace")
+
+
+def environment_of(stage: str) -> dict[str, str]:
+    """Caching is shared among the processes of a launcher; for any other stage they would wait for each other."""
+    return dict(os.environ) if stage in CACHING else without_rank(os.environ)

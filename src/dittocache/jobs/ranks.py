@@ -40,6 +40,17 @@ def rank_of(environment: Mapping[str, str]) -> Rank:
     return Rank()
 
 
+def without_rank(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that works alone, though a launcher started its parent as one of several."""
+    ours = {name for names in _LAUNCHERS for name in names}
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in ours | {"LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
+        and not name.startswith("TORCHELASTIC_")
+    }
+
+
 def device_of_worker(device: str, position: int, devices: int) -> str:
     """The device of the worker at `position` on this machine: CUDA devices are dealt out from the named one on.
 
