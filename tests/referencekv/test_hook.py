@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from tests.denoising import (
     EDIT,
@@ -243,6 +245,14 @@ def test_taken_off_the_stock_processors_are_back() -> None:
     assert equal(velocities(copy.deepcopy(model), EDIT, STEPS), stock)
 
 
+@pytest.fixture
+def own_backend() -> Iterator[None]:
+    """A model that is given an attention backend makes it the active one of the whole process."""
+    with attention_backend():
+        yield
+
+
+@pytest.mark.usefixtures("own_backend")
 def test_the_attention_backend_is_that_of_the_stock_processor() -> None:
     model = qwen_transformer()
     attention = model.transformer_blocks[0].attn
