@@ -127,12 +127,13 @@ def test_a_missing_interpreter_is_its_own_message(run: RunConfig, tmp_path: Path
 
 
 def test_one_interrupt_ends_the_stage_in_good_order(run: RunConfig, play: Play) -> None:
+    before = signal.getsignal(signal.SIGINT)
     python = play({"train": {"seconds": 60}})
     _when_started(run, "train", lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(WorkflowStopped, match="train was stopped"):
         run_workflow(run, TRAIN, python=python)
     assert run_status(run.run_dir).state == "stopped"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_sigterm_ends_it_the_same_way(run: RunConfig, play: Play) -> None:

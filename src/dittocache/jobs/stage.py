@@ -33,8 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--after", type=int, help="descriptor that closes when the stage that runs beside this one ends"
     )
     options = parser.parse_args(arguments)
-    # SIGTERM means what Ctrl-C means until a stage takes both into its own hands.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Both mean Ctrl-C until a stage takes them into its own hands; a shell's background job inherits SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     if options.lifeline is not None:
         threading.Thread(target=_stop_when_orphaned, args=(options.lifeline,), daemon=True).start()
     return run_stage(options.stage, options.run_dir, options.worker, options.after)
