@@ -95,13 +95,9 @@ class PackWriter:
         while len(self._underway) > left:
             batch, written = self._underway.popleft()
             with unavailable(f"a pack of {len(batch)} records cannot be written to {self._store.root}"):
-                name, length, places = written.result()
-                records = self._store.local
-                with maintenance(records):
-                    adopt_packs(records)  # perhaps also this one, or another process has done so already
-                    index = records.packed.snapshot.index
-                    if name not in index.packs:
-                        records.packed.publish(index.with_packs({name: length}, places))
+                written.result()
+                with maintenance(self._store.local):
+                    adopt_packs(self._store.local)  # unless another process has done so, or has stored the same records
 
     @property
     def _folder(self) -> Path:

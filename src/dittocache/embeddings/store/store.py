@@ -114,7 +114,7 @@ class Store:
             new = {key: content for key, content in contents.items() if key not in present}
             if new:
                 with unavailable(f"{_named(new)} cannot be written to {self._local.loose.folder}"):
-                    self._write_layout()
+                    self.prepare()
                     self._local.write(new)
             lengths |= present | {key: len(content) for key, content in new.items()}
         return [lengths[record.key] for record in records]
@@ -212,11 +212,7 @@ class Store:
         return True
 
     def prepare(self) -> None:
-        """Make the folder and say its layout, for who writes packs; `write` does it by itself. Raises OSError."""
-        self._write_layout()
-
-    def _write_layout(self) -> None:
-        """Before the first record comes which layout the store has; the store may have been cleared meanwhile."""
+        """Say which layout the store has, unless it is said; it may have been cleared meanwhile. Raises OSError."""
         if self._has_layout and (self.root / LAYOUT_NAME).exists():
             return
         self.root.mkdir(parents=True, exist_ok=True)
