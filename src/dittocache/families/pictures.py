@@ -22,19 +22,25 @@ RESAMPLING = "lanczos"  # the default of the pipelines' VaeImageProcessor
 
 @dataclass(frozen=True)
 class PictureRequest:
-    """A picture file and the size that an encoder wants it in; either `size`, or an area with the sides' multiple.
+    """A picture file and the size that an encoder wants it in: `size`, or an area with the sides' multiple.
+
+    Without either it keeps about its own size.
 
     Attributes:
         path: the file.
         size: (width, height) in pixels.
         area: in pixels; the picture's aspect ratio is kept as far as `multiple` lets it.
         multiple: both sides become multiples of this many pixels.
+        flipped: mirrored left-right after reading.
+        cropped: scaled to cover `size` and cut at the centre, instead of being stretched to it.
     """
 
     path: Path
     size: tuple[int, int] | None = None
     area: int | None = None
     multiple: int = 32
+    flipped: bool = False
+    cropped: bool = False
 
 
 Pictures = Callable[[PictureRequest], Image.Image]
@@ -54,10 +60,20 @@ def open_picture(path: Path) -> Image.Image:
 def resized_picture(request: PictureRequest) -> Image.Image:
     """The picture in the size asked for, as `VaeImageProcessor.resize` makes it; raises DataError naming the file."""
     picture = open_picture(request.path)
+    if request.flipped:
+        picture = ImageOps.mirror(picture)
     size = request.size
     if size is None:
         size = fitted_size(*picture.size, request.area or picture.width * picture.height, request.multiple)
+    if request.cropped:
+        return ImageOps.fit(picture, size, method=Image.Resampling.LANCZOS)
     return picture.resize(size, resample=Image.Resampling.LANCZOS)
+
+
+def variant_facts(request: PictureRequest) -> dict[str, bool]:
+    """What a recipe says of a picture that is mirrored or cut; empty for one that is neither, as it always was."""
+    facts = {"flipped": request.flipped, "cropped": request.cropped}
+    return {name: True for name, holds in facts.items() if holds}
 
 
 def fitted_size(width: int, height: int, area: int, multiple: int) -> tuple[int, int]:
