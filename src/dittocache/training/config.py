@@ -57,6 +57,10 @@ class TrainConfig(Settings):
     alpha: int | None = Field(default=None, ge=1)
     """LoRA alpha; the rank when left out."""
 
+    lora_targets: list[str] | str | None = Field(default=None, min_length=1)
+    """Layers that get a LoRA: ends of their names, `[to_q, to_k, to_v, to_out.0]`, or one regular expression for the
+    whole name; the family's own when left out."""
+
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the LoRA's inputs that is set to zero in each step."""
 

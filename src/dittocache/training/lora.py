@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ SETTINGS_KEY = "dittocache"  # metadata entry beside PEFT's own
 
 
 def add_lora(transformer: Any, family: Family, config: TrainConfig) -> list[torch.nn.Parameter]:
-    """Freeze `transformer`, add a LoRA on the family's targets, and return its parameters (float32, trainable).
+    """Freeze `transformer`, add a LoRA on its target layers, and return its parameters (float32, trainable).
 
-    The first factor is drawn from `config.seed`, whatever was drawn before; the second is zero, so that the output
-    does not change. Raises ModelError where the transformer has an adapter already, or none of the targets.
+    The targets are `config.lora_targets`, else the family's. The first factor is drawn from `config.seed`, whatever
+    was drawn before; the second is zero, so that the output does not change. Raises ModelError where the transformer
+    has an adapter already, or one of the targets is not there.
     """
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
@@ -32,12 +33,14 @@ def add_lora(transformer: Any, family: Family, config: TrainConfig) -> list[torc
     if ADAPTER_NAME in getattr(transformer, "peft_config", {}):
         raise ModelError(f"the transformer already has an adapter named {ADAPTER_NAME!r}; load the model anew")
     transformer.requires_grad_(False)
+    targets = config.lora_targets or family.lora_targets
+    _require_targets(transformer, targets)
     lora_config = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha if config.alpha is not None else config.rank,
         lora_dropout=config.lora_dropout,
         init_lora_weights=True,
-        target_modules=list(family.lora_targets),
+        target_modules=targets if isinstance(targets, str) else list(targets),
     )
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -49,6 +52,29 @@ def add_lora(transformer: Any, family: Family, config: TrainConfig) -> list[torc
             ) from error
     cast_training_params(transformer, dtype=torch.float32)  # 16-bit AdamW loses small updates
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
+def target_pattern(targets: Sequence[str]) -> str:
+    """The regular expression of the names of all modules that end, from a dot on, as one of `targets` says."""
+    return rf"(?:.*\.)?(?:{'|'.join(targets)})"
+
+
+def _require_targets(transformer: Any, targets: Sequence[str]) -> None:
+    """Raise ModelError where a target is no layer's: PEFT is content when any of them is."""
+    names = [name for name, _ in transformer.named_modules()]
+    ends = [targets] if isinstance(targets, str) else targets
+    absent = [
+        end
+        for end in ends
+        if not any(
+            re.fullmatch(end, name) if isinstance(targets, str) else f".{name}".endswith(f".{end}") for name in names
+        )
+    ]
+    if absent:
+        raise ModelError(
+            f"a {type(transformer).__name__} has no layer {', '.join(map(repr, absent))} for the LoRA; "
+            "mend train.lora_targets, or leave it out"
+        )
 
 
 def save_lora(transformer: Any, family: Family, folder: Path, metadata: Mapping[str, Any]) -> Path:
