@@ -91,7 +91,8 @@ class Family(Protocol):
         encoders: pipeline components that compute artifacts, each with the components it needs beside it, e.g.
             `{"vae": (), "text_encoder": ("tokenizer", "processor")}`.
         size_multiple: the sides of target pictures must be multiples of this many pixels.
-        lora_targets: module names for `peft.LoraConfig(target_modules=...)`.
+        lora_targets: regular expressions of the linear layers that a LoRA is added to; each says how a module's name
+            ends, from a dot on (`to_q`, `ff.net.2`).
     """
 
     name: str

@@ -35,13 +35,14 @@ def add_lora(transformer: Any, family: Family, config: TrainConfig) -> list[torc
         raise ModelError(f"the transformer already has an adapter named {ADAPTER_NAME!r}; load the model anew")
     transformer.requires_grad_(False)
     targets = config.lora_targets or family.lora_targets
-    _require_targets(transformer, targets)
+    if config.lora_targets is not None:
+        _require_targets(transformer, config.lora_targets)
     lora_config = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha if config.alpha is not None else config.rank,
         lora_dropout=config.lora_dropout,
         init_lora_weights=True,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=target_pattern(targets),
     )
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -55,22 +56,29 @@ def add_lora(transformer: Any, family: Family, config: TrainConfig) -> list[torc
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
-def target_pattern(targets: Sequence[str]) -> str:
-    """The regular expression of the names of all modules that end, from a dot on, as one of `targets` says."""
-    return rf"(?:.*\.)?(?:{'|'.join(targets)})"
+def target_pattern(targets: str | Sequence[str]) -> str:
+    """The regular expression of whole module names for `peft.LoraConfig(target_modules=...)`.
+
+    `targets` is that expression, or a list of expressions for how a name ends, from a dot on. PEFT's own lists cannot
+    tell FLUX's `single_transformer_blocks.0.proj_out` from the model's last layer, `proj_out`.
+    """
+    return targets if isinstance(targets, str) else rf"(?:.*\.)?(?:{'|'.join(targets)})"
 
 
-def _require_targets(transformer: Any, targets: Sequence[str]) -> None:
+def _require_targets(transformer: Any, targets: str | Sequence[str]) -> None:
     """Raise ModelError where a target is no layer's: PEFT is content when any of them is."""
     names = [name for name, _ in transformer.named_modules()]
-    ends = [targets] if isinstance(targets, str) else targets
-    absent = [
-        end
-        for end in ends
-        if not any(
-            re.fullmatch(end, name) if isinstance(targets, str) else f".{name}".endswith(f".{end}") for name in names
-        )
-    ]
+    absent = []
+    for target in [targets] if isinstance(targets, str) else targets:
+        pattern = target_pattern(targets if isinstance(targets, str) else [target])
+        try:
+            found = any(re.fullmatch(pattern, name) for name in names)
+        except re.error as error:
+            raise ModelError(
+                f"train.lora_targets: {target!r} is no regular expression ({error}); a dot, a star and brackets have "
+                "meanings there"
+            ) from error
+        absent += [] if found else [target]
     if absent:
         raise ModelError(
             f"a {type(transformer).__name__} has no layer {', '.join(map(repr, absent))} for the LoRA; "
