@@ -16,6 +16,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImageEditPlusPipeline,
@@ -53,11 +54,12 @@ ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def tiny_pipeline(family_name: str, *, zero_cond_t: bool = False, guidance: bool = True, seed: int = 0) -> Any:
-    """A float32 CPU pipeline of `family_name`: `qwen-image-edit-plus`, `qwen-image` or `flux`.
+    """A float32 CPU pipeline of `family_name`: `qwen-image-edit-plus`, `qwen-image`, `flux`,
+    `flux-schnell` or `flux-kontext`.
 
     Args:
         zero_cond_t: reference tokens modulated at t = 0, as in Qwen-Image-Edit-2511; only for Qwen.
-        guidance: a guidance-distilled FLUX.1-dev; False is FLUX.1-schnell.
+        guidance: a guidance-distilled FLUX.1; False makes FLUX.1-dev FLUX.1-schnell.
         seed: the weights; the same seed gives the same weights.
 
     Raises ModelError for an unknown family.
@@ -65,7 +67,9 @@ def tiny_pipeline(family_name: str, *, zero_cond_t: bool = False, guidance: bool
     builders: dict[str, Callable[[], Any]] = {
         "qwen-image-edit-plus": lambda: _qwen_edit_plus(zero_cond_t),
         "qwen-image": lambda: _qwen_text_to_image(zero_cond_t),
-        "flux": lambda: _flux(guidance),
+        "flux": lambda: _flux(FluxPipeline, guidance),
+        "flux-schnell": lambda: _flux(FluxPipeline, guidance=False),
+        "flux-kontext": lambda: _flux(FluxKontextPipeline, guidance),
     }
     if family_name not in builders:
         raise ModelError(f"no tiny pipeline of family {family_name!r}; there are {', '.join(builders)}")
@@ -211,7 +215,7 @@ def _qwen_text_to_image(zero_cond_t: bool) -> Any:
     )
 
 
-def _flux(guidance: bool) -> Any:
+def _flux(pipeline_class: Any, guidance: bool) -> Any:
     word_ends = {f"{symbol}</w>": len(ALPHABET) + index for index, symbol in enumerate(ALPHABET)}
     clip_vocabulary = {symbol: index for index, symbol in enumerate(ALPHABET)} | word_ends
     clip_vocabulary |= {"<|startoftext|>": 512, "<|endoftext|>": 513}
@@ -229,7 +233,7 @@ def _flux(guidance: bool) -> Any:
         pad_token_id=513,
     )
     t5_config = T5Config(vocab_size=len(t5_vocabulary), d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
-    return FluxPipeline(
+    return pipeline_class(
         scheduler=_scheduler(),
         vae=AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,

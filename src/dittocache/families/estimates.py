@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, Protocol
 
 from dittocache.data.sample import Sample
 from dittocache.errors import ModelError
-from dittocache.families import flux, qwen_image_edit_plus
+from dittocache.families import flux_encoding, qwen_image_edit_plus
 from dittocache.families.base import Sizes
+from dittocache.families.flux_kontext import FluxKontext
 from dittocache.families.pictures import fitted_size
 
 SizeOf = Callable[[Path], tuple[int, int]]
@@ -54,6 +55,7 @@ def size_estimator(family_name: str, model: Path) -> SizeEstimator | None:
         "qwen-image-edit-plus": QwenImageEditPlusSizes,
         "flux": FluxSizes,
         "flux-schnell": FluxSizes,
+        "flux-kontext": FluxSizes,
     }
     return estimators[family_name](model) if family_name in estimators else None
 
@@ -139,22 +141,28 @@ class QwenImageEditPlusSizes:
 
 
 class FluxSizes:
-    """Sizes for FLUX.1."""
+    """Sizes for FLUX.1 and, with references, Kontext."""
 
     def __init__(self, model: Path) -> None:
         self._model = model
+        self._family = FluxKontext()
 
     def latent_sizes(self, sample: Sample, sizes: Sizes, size_of: SizeOf) -> Mapping[str, ArtifactSize]:
-        """`image_latents` and `img_shapes`."""
-        return {
-            "image_latents": ArtifactSize(_tokens(sample.size, flux.PACKED_PIXELS), self._channels),
-            "img_shapes": ArtifactSize(1, 3, element_bytes=4),
+        """`image_latents`, `img_shapes`, and `control_latents` where there is a reference."""
+        known = {
+            "image_latents": ArtifactSize(_tokens(sample.size, flux_encoding.PACKED_PIXELS), self._channels),
+            "img_shapes": ArtifactSize(1 + len(sample.controls), 3, element_bytes=4),
         }
+        if sample.controls:
+            requests = self._family.controls(sample, sizes, size_of)
+            tokens = sum(_tokens(request.size, flux_encoding.PACKED_PIXELS) for request in requests if request.size)
+            known["control_latents"] = ArtifactSize(tokens, self._channels)
+        return known
 
     def text_sizes(self, sample: Sample, sizes: Sizes, size_of: SizeOf) -> Mapping[str, ArtifactSize]:
         """Both encoders' embeddings, which do not depend on the number of words."""
         pooled = ArtifactSize(1, self._pooled)
-        sequence = ArtifactSize(flux.MAX_SEQUENCE_LENGTH, self._width)
+        sequence = ArtifactSize(flux_encoding.MAX_SEQUENCE_LENGTH, self._width)
         return {
             "pooled_prompt_embeds": pooled,
             "empty_pooled_prompt_embeds": pooled,
