@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from dittocache.settings import Settings
 
@@ -14,6 +14,9 @@ class TrainConfig(Settings):
 
     steps: int = Field(default=1000, ge=1)
     """Optimizer steps."""
+
+    epochs: int | None = Field(default=None, ge=1)
+    """Passes over the data set, repeats included, in place of `steps`, which then follow from it."""
 
     batch_size: int = Field(default=1, ge=1)
     """Samples that pass the transformer at once, on each process."""
@@ -123,6 +126,23 @@ class TrainConfig(Settings):
 
     seed: int = 0
     """Seed of noise, timesteps and sample order."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_steps_beside_epochs(cls, settings: Any) -> Any:
+        if not isinstance(settings, dict) or settings.get("epochs") is None:
+            return settings
+        if settings.get("steps") is not None:
+            raise ValueError("train.steps or train.epochs, not both; take one away, or set it to null")
+        return {name: value for name, value in settings.items() if name != "steps"}
+
+    @model_serializer(mode="wrap")
+    def _saved_with_one_of_both(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `steps` where `epochs` count, so that what was saved can be read again."""
+        settings: dict[str, Any] = handler(self)
+        if self.epochs is not None:
+            settings.pop("steps", None)
+        return settings
 
     @field_validator("log_with", mode="before")
     @classmethod
