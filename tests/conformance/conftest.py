@@ -49,12 +49,19 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def text_sees_controls(self) -> bool:
+        """Whether reference pictures are shown to the text encoder too."""
+        return self.controls > 0 and self.family_name.startswith("qwen")
+
+    @property
     def id(self) -> str:
         return "-".join([self.family_name, *(f"{name}={value}" for name, value in self.options.items())])
 
 
 EDIT = "qwen-image-edit-plus"
 CASES = (
+    Case("qwen-image", CAPABILITIES - {"references"}, 0, "qwen-image"),
+    Case("qwen-image-edit", CAPABILITIES, 1, "qwen-image-edit"),
     Case(EDIT, CAPABILITIES, 2, EDIT),
     Case(EDIT, CAPABILITIES, 2, EDIT, {"zero_cond_t": True}),
     Case("flux", CAPABILITIES - {"references"}, 0, "flux"),
@@ -144,8 +151,13 @@ def preferred_sizes(resolution: int) -> list[tuple[int, int]]:
 
 @contextmanager
 def _pipeline_areas(sizes: Sizes) -> Iterator[None]:
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+
     module = "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus"
+    stock = pipeline_qwenimage_edit.calculate_dimensions
     with ExitStack() as stack:
+        resized = lambda _, ratio: stock(sizes.resolution**2, ratio)  # noqa: E731
+        stack.enter_context(mock.patch.object(pipeline_qwenimage_edit, "calculate_dimensions", resized))
         stack.enter_context(mock.patch(f"{module}.VAE_IMAGE_SIZE", sizes.resolution**2))
         stack.enter_context(mock.patch(f"{module}.CONDITION_IMAGE_SIZE", sizes.condition_resolution**2))
         kontext = "diffusers.pipelines.flux.pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS"
@@ -162,7 +174,9 @@ def first_forward(pipe: Any, sample: Sample, sizes: Sizes = SIZES) -> dict[str, 
     if "Kontext" in type(pipe).__name__:
         options["max_area"] = width * height
     if sample.controls:
-        options["image"] = [Image.open(path) for path in sample.controls]
+        images = [Image.open(path) for path in sample.controls]
+        # The first Qwen-Image-Edit would show its text encoder a list as it is, not resized.
+        options["image"] = images[0] if type(pipe).__name__ == "QwenImageEditPipeline" else images
     try:
         with _pipeline_areas(sizes):
             pipe(

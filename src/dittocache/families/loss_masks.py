@@ -8,7 +8,7 @@ import torch
 from dittocache.data.sample import Sample
 from dittocache.errors import DataError
 from dittocache.families.base import Artifact, ArtifactInput
-from dittocache.families.pictures import READING, RESAMPLING, PictureRequest, Pictures, variant_facts
+from dittocache.families.pictures import PictureRequest, Pictures, request_facts
 
 LOSS_MASK = "loss_mask"
 
@@ -17,13 +17,7 @@ def mask_artifact(sample: Sample, packed_pixels: int) -> tuple[Artifact, ...]:
     """The artifact `loss_mask` `(N,)` float32 of a sample with a mask picture; none for a sample without."""
     if sample.mask is None:
         return ()
-    transform = {
-        "size": list(sample.size),
-        "packed_pixels": packed_pixels,
-        "resampling": RESAMPLING,
-        **READING,
-        **variant_facts(_request(sample)),
-    }
+    transform = {"packed_pixels": packed_pixels, **request_facts(_request(sample))}
     return (Artifact(LOSS_MASK, None, (ArtifactInput("mask", file=sample.mask),), transform),)
 
 
