@@ -246,6 +246,7 @@ class TransformerAdapter(Protocol):
         class_name: the diffusers transformer class, `QwenImageTransformer2DModel`.
         pipeline_class_names: the diffusers pipelines that it is the denoiser of: the spec's `model_type`s.
         attention_processor_class_names: the processors whose arithmetic `joint_qkv` and `project_attention` follow.
+        attention_kwargs_name: the forward's argument that its blocks pass on to the attention processors.
         polynomial: default TeaCache coefficients.
         signal_ignores_text: True where block 0's modulated input is the same for all CFG branches.
     """
@@ -253,6 +254,7 @@ class TransformerAdapter(Protocol):
     class_name: str
     pipeline_class_names: tuple[str, ...]
     attention_processor_class_names: tuple[str, ...]
+    attention_kwargs_name: str
     polynomial: Polynomial
     signal_ignores_text: bool
 
@@ -281,7 +283,19 @@ class TransformerAdapter(Protocol):
         ...
 
     def noise_only_block(self, block_kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
-        """Keyword arguments of one block with what the forward still made for all image tokens cut to the noise."""
+        """Keyword arguments of one block with what the forward made beside the tokens cut to the noise."""
+        ...
+
+    def reference_only_block(self, block_kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
+        """The same, cut to the references, with no text; `hidden_states` and `temb` are left as they are."""
+        ...
+
+    def timestep_embedder(self, module: nn.Module) -> nn.Module:
+        """The module that makes `temb`."""
+        ...
+
+    def reference_conditioning(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """From the timestep embedder's arguments those for isolated references: t = 0, and no word of the prompt."""
         ...
 
     def attention_modules(self, module: nn.Module) -> Sequence[nn.Module]:

@@ -67,6 +67,9 @@ class TrainConfig(Settings):
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the LoRA's inputs that is set to zero in each step."""
 
+    reference_visibility: Literal["full", "isolated"] = "full"
+    """What reference tokens see; `isolated`: references only, at t = 0, so that a reference KV cache is exact."""
+
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradient clipping."""
 

@@ -13,7 +13,18 @@ from dittocache.training.config import TrainConfig
 from dittocache.training.schedule import NO_REPEATS
 
 REFUSED = frozenset(
-    {"family", "model", "rank", "alpha", "targets", "optimizer", "averaged", "base_quantization", "timestep_sampling"}
+    {
+        "family",
+        "model",
+        "rank",
+        "alpha",
+        "targets",
+        "optimizer",
+        "averaged",
+        "base_quantization",
+        "timestep_sampling",
+        "reference_visibility",
+    }
 )
 """Other values of these make the saved weights or moments mean something else."""
 
@@ -83,6 +94,7 @@ def check_continuation(saved: Mapping[str, Any], current: Mapping[str, Any], che
     A run that goes on with such a difference is not what an uninterrupted one would have been. Raises ConfigError
     that lists the differences which make it no continuation at all.
     """
+    saved = {"reference_visibility": "full", **saved}  # of before there was a choice
     ignored = set(FREE | SHARED)
     if saved.get("lr_schedule") == current.get("lr_schedule") == "constant":
         ignored |= ONLY_IN_SCHEDULES
