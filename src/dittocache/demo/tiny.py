@@ -19,6 +19,7 @@ from diffusers import (
     FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
@@ -54,8 +55,7 @@ ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def tiny_pipeline(family_name: str, *, zero_cond_t: bool = False, guidance: bool = True, seed: int = 0) -> Any:
-    """A float32 CPU pipeline of `family_name`: `qwen-image-edit-plus`, `qwen-image`, `flux`,
-    `flux-schnell` or `flux-kontext`.
+    """A float32 CPU pipeline of the family of this name.
 
     Args:
         zero_cond_t: reference tokens modulated at t = 0, as in Qwen-Image-Edit-2511; only for Qwen.
@@ -65,8 +65,9 @@ def tiny_pipeline(family_name: str, *, zero_cond_t: bool = False, guidance: bool
     Raises ModelError for an unknown family.
     """
     builders: dict[str, Callable[[], Any]] = {
-        "qwen-image-edit-plus": lambda: _qwen_edit_plus(zero_cond_t),
         "qwen-image": lambda: _qwen_text_to_image(zero_cond_t),
+        "qwen-image-edit": lambda: _qwen_edit(QwenImageEditPipeline, zero_cond_t),
+        "qwen-image-edit-plus": lambda: _qwen_edit(QwenImageEditPlusPipeline, zero_cond_t),
         "flux": lambda: _flux(FluxPipeline, guidance),
         "flux-schnell": lambda: _flux(FluxPipeline, guidance=False),
         "flux-kontext": lambda: _flux(FluxKontextPipeline, guidance),
@@ -187,13 +188,13 @@ def _scheduler() -> Any:
     return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02)
 
 
-def _qwen_edit_plus(zero_cond_t: bool) -> Any:
-    template = QwenImageEditPlusPipeline(*[None] * 6).prompt_template_encode
+def _qwen_edit(pipeline_class: Any, zero_cond_t: bool) -> Any:
+    template = pipeline_class(*[None] * 6).prompt_template_encode
     tokenizer = _qwen_tokenizer([template, "Picture 1: Picture 2: make the circle red"])
     image_processor = Qwen2VLImageProcessorPil(
         patch_size=16, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 1024, "longest_edge": 1024 * 1024}
     )
-    return QwenImageEditPlusPipeline(
+    return pipeline_class(
         scheduler=_scheduler(),
         vae=_qwen_vae(),
         text_encoder=_qwen_text_encoder(tokenizer),
