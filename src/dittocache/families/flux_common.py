@@ -27,17 +27,10 @@ from dittocache.families.flux_encoding import (
 )
 from dittocache.families.loading import load_components
 from dittocache.families.loss_masks import LOSS_MASK, loss_mask, mask_artifact, mask_pictures
-from dittocache.families.pictures import (
-    READING,
-    RESAMPLING,
-    PictureRequest,
-    Pictures,
-    resized_picture,
-    variant_facts,
-)
+from dittocache.families.pictures import PictureRequest, Pictures, request_facts, resized_picture
 
 TRAINING_GUIDANCE = 1.0  # what a guidance-distilled model is told while training: no extrapolation
-LATENTS: Mapping[str, Any] = {"resampling": RESAMPLING, **READING, "posterior": "mode", "packing": "2x2"}
+LATENTS: Mapping[str, Any] = {"posterior": "mode", "packing": "2x2"}
 
 SizeOf = Callable[[Path], tuple[int, int]]
 
@@ -97,18 +90,16 @@ class FluxFamily(ABC):
         """
         controls = self.controls(sample, sizes, size_of)
         size = {"size": list(sample.size)}
-        latents = {**size, **LATENTS, **variant_facts(_target(sample))}
         target = (ArtifactInput("target", file=sample.target),)
         prompt = (ArtifactInput("prompt", text=sample.prompt),)
         empty = (ArtifactInput("prompt", text=EMPTY_PROMPT),)
         t5 = {"max_sequence_length": MAX_SEQUENCE_LENGTH}
         references = tuple(ArtifactInput("control", file=path) for path in sample.controls)
-        control_latents = {"sizes": [_size(one) for one in controls], **LATENTS}
-        control_latents |= {name: fact for one in controls for name, fact in variant_facts(one).items()}
+        control_facts = {"controls": [request_facts(one) for one in controls]}
         shapes = {"shapes": _picture_shapes(sample, controls)} if controls else {**size, "packed_pixels": PACKED_PIXELS}
         return (
-            Artifact("image_latents", "vae", target, latents),
-            *([Artifact("control_latents", "vae", references, control_latents)] if controls else []),
+            Artifact("image_latents", "vae", target, {**request_facts(_target(sample)), **LATENTS}),
+            *([Artifact("control_latents", "vae", references, {**control_facts, **LATENTS})] if controls else []),
             Artifact("pooled_prompt_embeds", "text_encoder", prompt),
             Artifact("empty_pooled_prompt_embeds", "text_encoder", empty),
             Artifact("prompt_embeds", "text_encoder_2", prompt, t5),
