@@ -1,0 +1,69 @@
+"""Which of the files that a list names exist, told from listings of their folders instead of a look at each file."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from pathlib import Path
+
+
+class PictureFiles:
+    """Finds files by the paths that a list gives, each folder listed once.
+
+    A file is also found under the other Unicode form of its name (macOS writes é as two characters), and where the
+    list was written on Windows, with backslashes.
+
+    Args:
+        folder: what relative paths are relative to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = os.fspath(folder)
+        self._listings: dict[str, dict[str, str]] = {}
+
+    def find(self, path: str) -> str | None:
+        """The path of the file that is meant; None where there is none."""
+        found = self._find(path)
+        if found is None and "\\" in path:
+            found = self._find(path.replace("\\", "/"))
+        return found
+
+    def _find(self, path: str) -> str | None:
+        full = os.path.join(self._folder, path)
+        folder, name = os.path.split(full)
+        listing = self._listings.get(folder)
+        if listing is None:
+            listing = self._listings[folder] = _files(folder)
+        if name in listing:
+            return full
+        actual = listing.get(unicodedata.normalize("NFC", name))
+        if actual is not None:
+            return os.path.join(folder, actual)
+        return full if _is_file(full) else None  # a file system may not tell upper from lower case
+
+
+def _files(folder: str) -> dict[str, str]:
+    """The files of a folder: under their names, and under those in composed form."""
+    names: dict[str, str] = {}
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                try:
+                    if not entry.is_file():
+                        continue
+                except OSError:  # a link that leads in circles
+                    continue
+                name = entry.name
+                names[name] = name
+                if not name.isascii():
+                    names.setdefault(unicodedata.normalize("NFC", name), name)
+    except (OSError, ValueError):
+        return {}  # whoever asks for a file in it is told that there is none
+    return names
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return os.path.isfile(path)
+    except ValueError:
+        return False
