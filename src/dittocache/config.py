@@ -89,13 +89,27 @@ def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> RunCo
     return check_config(content, overrides, origin=str(path))
 
 
-def check_config(content: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, origin: str = "") -> RunConfig:
-    """The `RunConfig` of nested settings; raises ConfigError that lists every problem. `origin` is named in it."""
+def check_config(
+    content: Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    origin: str = "",
+    defaults: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """The `RunConfig` of nested settings; raises ConfigError that lists every problem.
+
+    Args:
+        overrides: settings by dotted name that win over `content`.
+        origin: of `content`, for the error.
+        defaults: settings by dotted name that are taken where neither of the two says anything.
+    """
     problems: list[str] = []
     settings = resolve_aliases(content, problems)
     for name, value in (overrides or {}).items():
         _put(settings, name, value, problems)
     settings = resolve_aliases(settings, problems)  # an override may use the spec's spelling too
+    for name, value in (defaults or {}).items():
+        if not _has(settings, name):
+            _put(settings, name, value, problems)
     try:
         config = RunConfig.model_validate(settings)
     except ValidationError as error:
@@ -173,6 +187,16 @@ def _put(settings: dict[str, Any], name: str, value: Any, problems: list[str]) -
         level[section] = inner = dict(inner)
         level = inner
     level[last] = value
+
+
+def _has(settings: Mapping[str, Any], name: str) -> bool:
+    """Whether nested settings have an entry of this dotted name."""
+    level: Any = settings
+    for part in name.split("."):
+        if not isinstance(level, Mapping) or part not in level:
+            return False
+        level = level[part]
+    return True
 
 
 def _override_value(name: str, text: str, problems: list[str]) -> Any:

@@ -10,7 +10,16 @@ from rich.console import Console
 
 from dittocache import __version__
 from dittocache.cli.cache import cache_app, plan
-from dittocache.cli.shared import ConfigFile, Overrides, load_settings, say, settings_help, start_job
+from dittocache.cli.shared import (
+    ConfigFile,
+    DataPath,
+    ModelPath,
+    Overrides,
+    load_settings,
+    say,
+    settings_help,
+    start_job,
+)
 from dittocache.config import parse_overrides
 from dittocache.errors import ConfigError, DataError, DittocacheError, ModelError
 from dittocache.jobs.run_folder import LORA_NAME, REPORT_NAME, SAMPLES_NAME
@@ -52,25 +61,32 @@ app.command(plan, help_epilogue=settings_help())
 
 
 @app.command(help_epilogue=settings_help())
-def train(*settings: Overrides, config: ConfigFile = None) -> None:
+def train(*settings: Overrides, config: ConfigFile = None, data: DataPath = None, model: ModelPath = None) -> None:
     """Fine-tune a LoRA: check everything, encode what is missing, train. The one command a training needs.
 
+    `dittocache train --data FOLDER --model PATH` needs no YAML: it chooses the settings, says which, and keeps them in
+    runs/FOLDER/config.yaml. Steps: each sample about 100 times, at least 500 and at most 4000 in all.
     An interrupted training goes on where it stopped. Ctrl-C finishes the step and saves; twice ends it at once.
 
     Parameters
     ----------
     config
-        The run's settings, a YAML file such as configs/qwen-image-edit-plus.yaml. Required.
+        The run's settings, a YAML file such as configs/qwen-image-edit-plus-24gb.yaml. Required, unless data and model
+        are given, or --name names a run that is there.
+    data
+        Folder of pictures and captions, or a table of them; with a config, in place of its data.path.
+    model
+        Folder of a checkpoint, its id on the hub, or `bundled`; with a config, in place of its model.path.
     settings
         Any setting, such as `--train.steps 2000`.
     """
-    chosen = load_settings(config, settings)
+    chosen = load_settings(config, settings, data, model)
     stages = TRAIN if chosen.cache.use_cache else ("validate", "train")
     say(start_job(chosen, stages) / LORA_NAME)
 
 
 @app.command(help_epilogue=settings_help())
-def generate(*settings: Overrides, config: ConfigFile = None) -> None:
+def generate(*settings: Overrides, config: ConfigFile = None, data: DataPath = None, model: ModelPath = None) -> None:
     """Make pictures: with the run's LoRA where there is one, and with each cache beside plain sampling.
 
     Without a prompt, the held-out pictures of the run are edited.
@@ -78,25 +94,35 @@ def generate(*settings: Overrides, config: ConfigFile = None) -> None:
     Parameters
     ----------
     config
-        The run's settings, a YAML file such as configs/qwen-image-edit-plus.yaml. Required.
+        The run's settings, a YAML file such as configs/qwen-image-edit-plus-24gb.yaml. Required, unless data and model
+        are given, or --name names a run that is there.
+    data
+        Folder of pictures and captions, or a table of them; with a config, in place of its data.path.
+    model
+        Folder of a checkpoint, its id on the hub, or `bundled`; with a config, in place of its model.path.
     settings
         Any setting, such as `--generate.prompt 'make the wall green' --generate.image '[room.png]'`.
     """
-    say(start_job(load_settings(config, settings), ("generate",)) / SAMPLES_NAME)
+    say(start_job(load_settings(config, settings, data, model), ("generate",)) / SAMPLES_NAME)
 
 
 @app.command(help_epilogue=settings_help())
-def report(*settings: Overrides, config: ConfigFile = None) -> None:
+def report(*settings: Overrides, config: ConfigFile = None, data: DataPath = None, model: ModelPath = None) -> None:
     """Write the run's report: one HTML page with what was cached, the loss curve, pictures, times and quality.
 
     Parameters
     ----------
     config
-        The run's settings, a YAML file such as configs/qwen-image-edit-plus.yaml. Required.
+        The run's settings, a YAML file such as configs/qwen-image-edit-plus-24gb.yaml. Required, unless data and model
+        are given, or --name names a run that is there.
+    data
+        Folder of pictures and captions, or a table of them; with a config, in place of its data.path.
+    model
+        Folder of a checkpoint, its id on the hub, or `bundled`; with a config, in place of its model.path.
     settings
         Any setting, such as `--name my-edit`.
     """
-    say(start_job(load_settings(config, settings), ("report",)) / REPORT_NAME)
+    say(start_job(load_settings(config, settings, data, model), ("report",)) / REPORT_NAME)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

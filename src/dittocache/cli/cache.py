@@ -10,7 +10,17 @@ from typing import Literal
 from cyclopts import App
 
 from dittocache.cli import cache_care
-from dittocache.cli.shared import ConfigFile, Flag, Overrides, load_settings, say, settings_help, start_job
+from dittocache.cli.shared import (
+    ConfigFile,
+    DataPath,
+    Flag,
+    ModelPath,
+    Overrides,
+    load_settings,
+    say,
+    settings_help,
+    start_job,
+)
 from dittocache.errors import ConfigError
 from dittocache.jobs.stages import CACHE
 from dittocache.jobs.terminal import TerminalListener
@@ -23,13 +33,18 @@ cache_app = App(
 
 
 @cache_app.default
-def cache(*settings: Overrides, config: ConfigFile = None) -> None:
+def cache(*settings: Overrides, config: ConfigFile = None, data: DataPath = None, model: ModelPath = None) -> None:
     """Encode what is missing in the embedding cache, after checking everything. Stop and go on at any time.
 
     Parameters
     ----------
     config
-        The run's settings, a YAML file such as configs/qwen-image-edit-plus.yaml. Required.
+        The run's settings, a YAML file such as configs/qwen-image-edit-plus-24gb.yaml. Required, unless data and model
+        are given, or --name names a run that is there.
+    data
+        Folder of pictures and captions, or a table of them; with a config, in place of its data.path.
+    model
+        Folder of a checkpoint, its id on the hub, or `bundled`; with a config, in place of its model.path.
     settings
         Any setting, such as `--cache.text_batch_size 8`.
     """
@@ -38,20 +53,31 @@ def cache(*settings: Overrides, config: ConfigFile = None) -> None:
         near = difflib.get_close_matches(settings[0], commands, n=1)
         meant = f", did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"`dittocache cache` has no command {settings[0]!r}{meant}; it has: {', '.join(commands)}")
-    start_job(load_settings(config, settings), CACHE)
+    start_job(load_settings(config, settings, data, model), CACHE)
 
 
 cache_app.command(cache, name="run", help_epilogue=settings_help())
 
 
 @cache_app.command(help_epilogue=settings_help())
-def plan(*settings: Overrides, config: ConfigFile = None, json: Flag = False) -> None:
+def plan(
+    *settings: Overrides,
+    config: ConfigFile = None,
+    data: DataPath = None,
+    model: ModelPath = None,
+    json: Flag = False,
+) -> None:
     """Say what is cached, what would be encoded, and why. Loads no model and changes nothing.
 
     Parameters
     ----------
     config
-        The run's settings, a YAML file such as configs/qwen-image-edit-plus.yaml. Required.
+        The run's settings, a YAML file such as configs/qwen-image-edit-plus-24gb.yaml. Required, unless data and model
+        are given, or --name names a run that is there.
+    data
+        Folder of pictures and captions, or a table of them; with a config, in place of its data.path.
+    model
+        Folder of a checkpoint, its id on the hub, or `bundled`; with a config, in place of its model.path.
     json
         Print JSON for programs instead of words.
     settings
@@ -59,7 +85,7 @@ def plan(*settings: Overrides, config: ConfigFile = None, json: Flag = False) ->
     """
     from dittocache.jobs.inputs import RunInputs
 
-    settings_of_run = load_settings(config, settings)
+    settings_of_run = load_settings(config, settings, data, model)
     found = RunInputs(settings_of_run, settings_of_run.run_dir).plan()
     say(json_text.dumps(found.as_dict(), indent=2) if json else found.describe())
 

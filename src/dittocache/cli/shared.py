@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 from pydantic_core import PydanticUndefined
@@ -15,10 +15,13 @@ from rich.console import Console
 
 from dittocache.config import RunConfig, load_config, parse_overrides, setting_fields
 from dittocache.errors import ConfigError
+from dittocache.jobs.run_folder import CONFIG_NAME
 from dittocache.jobs.terminal import TerminalListener
 from dittocache.jobs.workflow import run_workflow
 
 ConfigFile = Annotated[Path | None, Parameter(name=["--config", "-c"], show_default=False)]
+DataPath = Annotated[str | None, Parameter(show_default=False)]
+ModelPath = Annotated[str | None, Parameter(show_default=False)]
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, negative="")]
 Flag = Annotated[bool, Parameter(negative="")]
 
@@ -32,14 +35,54 @@ def settings_help() -> str:
     return "Settings, in the YAML file or on the command line:\n\n" + "\n".join(rows)
 
 
-def load_settings(config: Path | None, settings: Sequence[str]) -> RunConfig:
-    """The run's settings; raises ConfigError."""
+def load_settings(
+    config: Path | None, settings: Sequence[str], data: str | None = None, model: str | None = None
+) -> RunConfig:
+    """The settings of a YAML file, of a run by its `--name`, or chosen for `data` and `model`; raises ConfigError."""
     overrides = parse_overrides(settings)
-    if config is None:
-        near = difflib.get_close_matches("config", overrides, n=1)
-        meant = f"; did you mean --config where you wrote --{near[0]}?" if near else ""
-        raise ConfigError(f"--config FILE is missing: give the run's YAML file{meant}")
-    return load_config(config, overrides)
+    data, model = _only_one("data", data, overrides), _only_one("model", model, overrides)
+    if config is not None:
+        named = {"data.path": data, "model.path": model}
+        return load_config(config, overrides | {name: value for name, value in named.items() if value is not None})
+    if data is not None or model is not None:
+        from dittocache.jobs.quick_start import quick_config
+
+        return quick_config(data, model, overrides, note)
+    if overrides.get("name"):
+        return load_config(_config_of_run(overrides), overrides)
+    near = difflib.get_close_matches("config", overrides, n=1)
+    meant = f"; did you mean --config where you wrote --{near[0]}?" if near else ""
+    raise ConfigError(
+        "--config FILE is missing: give the run's YAML file, --data FOLDER and --model PATH without any, or the "
+        f"--name of a run that is there{meant}"
+    )
+
+
+def note(text: str) -> None:
+    """Tell a person something that is no result: beside the output, which a pipe may read."""
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text)
+
+
+def _only_one(option: str, value: str | None, overrides: dict[str, Any]) -> str | None:
+    """What `--data` or `--data.path` says, taken out of the overrides; raises ConfigError where both say something."""
+    setting = f"{option}.path"
+    if value is not None and overrides.get(setting, value) != value:
+        raise ConfigError(
+            f"--{option} is {value!r} but --{setting} is {overrides[setting]!r}; they mean the same: keep one"
+        )
+    said = overrides.pop(setting, None)
+    return value if value is not None else said
+
+
+def _config_of_run(overrides: Mapping[str, Any]) -> Path:
+    """The settings that the run of this name was started with; raises ConfigError where there is none."""
+    runs = Path(overrides.get("output_dir", RunConfig.model_fields["output_dir"].default))
+    path = runs / str(overrides["name"]) / CONFIG_NAME
+    if not path.is_file():
+        raise ConfigError(
+            f"there is no run {path.parent}; give --config FILE, or --data FOLDER and --model PATH, to begin one"
+        )
+    return path
 
 
 def start_job(config: RunConfig, stages: Sequence[str]) -> Path:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+import torch
+
+from dittocache.data.pictures import picture_size
 from dittocache.embeddings.planning.identity import model_folder
 from dittocache.embeddings.reading.reader import CachedSamples
 from dittocache.errors import RecordCorruptError, RecordMissingError
+from dittocache.families.base import Family
+from dittocache.families.estimates import size_estimator
 from dittocache.jobs.inputs import RunInputs, load_manifest
-from dittocache.training.memory_plan import TEXT_TOKENS, BatchSize, MemoryPlan, plan_memory
+from dittocache.training.fitting import CHOICES, Fit, fitting_choice
+from dittocache.training.memory_plan import TEXT_TOKENS, BatchSize, MemoryPlan, plan_memory, plan_of
 from dittocache.training.sources import Bucket, Source
+from dittocache.training.transformer_facts import safetensors_sizes, transformer_facts
 
 LOOKED_AT = 200  # samples, spread over the data set, whose sizes are looked at
 
@@ -21,6 +29,33 @@ def memory_plan(inputs: RunInputs, names: Sequence[str], source: Source) -> Memo
     largest = max(looked_at, key=lambda name: _tokens(shapes[name]), default="")
     size = BatchSize(shapes[largest], _text_tokens(inputs, largest))
     return plan_memory(model_folder(inputs.model), inputs.family, inputs.config.train, inputs.dtype, size)
+
+
+def fit_to_memory(inputs: RunInputs, device_bytes: int, machine_bytes: int) -> Fit:
+    """Which way of holding the frozen weights this run should take with so much free memory; nothing is loaded."""
+    folder, config = model_folder(inputs.model), inputs.config.train
+    facts = transformer_facts(folder, inputs.family, config, inputs.dtype, sample_size(inputs))
+    plans = [(choice, plan_of(facts, config.model_copy(update=dict(choice)))) for choice in CHOICES]
+    if not inputs.config.cache.use_cache:  # live training holds the encoders too
+        device_bytes -= sum(encoder_bytes(folder, inputs.family, inputs.dtype).values())
+    return fitting_choice(device_bytes, machine_bytes, plans)
+
+
+def sample_size(inputs: RunInputs) -> BatchSize:
+    """The largest of the samples looked at, from its pictures' headers and its prompt's words."""
+    looked_at = inputs.samples[:: max(1, len(inputs.samples) // LOOKED_AT)]
+    encoded = inputs.family.encode(None, None, looked_at, inputs.sizes)
+    shapes = [tuple(tuple(row) for row in tensors["img_shapes"].tolist()) for tensors in encoded]
+    sample, largest = max(zip(looked_at, shapes, strict=True), key=lambda pair: _tokens(pair[1]))
+    estimator = size_estimator(inputs.family.name, model_folder(inputs.model))
+    if estimator is None:
+        return BatchSize(largest)
+    return BatchSize(largest, estimator.text_sizes(sample, inputs.sizes, picture_size)["prompt_embeds"].rows)
+
+
+def encoder_bytes(folder: Path, family: Family, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of each encoder's weights in `dtype`, from the headers of the checkpoint's files."""
+    return {name: sum(safetensors_sizes(folder / name).values()) * dtype.itemsize for name in family.encoders}
 
 
 def _text_tokens(inputs: RunInputs, name: str) -> int:
