@@ -14,12 +14,14 @@ from dittocache.demo.tiny import tiny_pipeline
 from dittocache.errors import ModelError
 from dittocache.families.qwen_image_sizes import pipeline_sizes
 
-NAMES = ["qwen-image-edit-plus", "qwen-image", "flux"]
+NAMES = ["qwen-image-edit-plus", "qwen-image", "flux", "flux-schnell", "flux-kontext"]
 
 
 def _picture(pipe: Any, prompt: str, shade: int = 0, seed: int = 0) -> torch.Tensor:
     options: dict[str, Any] = {}
-    if "Edit" in type(pipe).__name__:
+    if "Kontext" in type(pipe).__name__:
+        options |= {"max_area": 64 * 64, "_auto_resize": False}
+    if "Edit" in type(pipe).__name__ or "Kontext" in type(pipe).__name__:
         options["image"] = [Image.linear_gradient("L").convert("RGB").point(lambda value: (value + shade) % 256)]
     if "Qwen" in type(pipe).__name__:
         options["true_cfg_scale"] = 1.0
@@ -53,7 +55,7 @@ def test_every_input_shows_in_the_picture(name: str) -> None:
     base = _picture(pipe, "make it red")
     assert torch.equal(_picture(pipe, "make it red"), base)
     changes = [_picture(pipe, "remove the blue square"), _picture(pipe, "make it red", seed=1)]
-    if "edit" in name:
+    if "edit" in name or "kontext" in name:
         changes.append(_picture(pipe, "make it red", shade=120))
     for changed in changes:
         assert (changed - base).norm() / base.norm() > 0.01
@@ -67,5 +69,5 @@ def test_building_is_quick() -> None:
 
 
 def test_an_unknown_family_is_an_error() -> None:
-    with pytest.raises(ModelError, match="no tiny pipeline of family 'sdxl'; there are qwen-image-edit-plus"):
+    with pytest.raises(ModelError, match="no tiny pipeline of family 'sdxl'; there are qwen-image, "):
         tiny_pipeline("sdxl")
