@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from dittocache.config import RunConfig, check_config
+from dittocache.config import RunConfig, check_config, load_config
 from dittocache.errors import ConfigError
 from dittocache.events import read_events
 from dittocache.jobs import process
-from dittocache.jobs.ranks import Rank, device_of_worker, rank_of
+from dittocache.jobs.ranks import Rank, device_of_worker, processes_to_train, rank_of
 from dittocache.jobs.run_folder import held_folder
 from dittocache.jobs.stages import CACHE, TRAIN
 from dittocache.jobs.workflow import run_workflow
@@ -88,6 +88,30 @@ def test_the_first_rank_does_everything(run: RunConfig, play: Play, monkeypatch:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run_workflow(run, TRAIN, python=play({})) == run.run_dir
     assert stages_started(run.run_dir) == list(TRAIN)
+
+
+@pytest.mark.parametrize(
+    ("environment", "configured", "processes"),
+    [
+        ({}, 1, 1),
+        ({}, 2, 2),
+        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, 1, 4),
+        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, 8, 8),
+        ({"RANK": "0", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, 2, 2),  # two machines
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, 1, 1),
+    ],
+)
+def test_training_takes_over_the_launchers_number(environment: dict[str, str], configured: int, processes: int) -> None:
+    assert processes_to_train(environment, configured) == processes
+
+
+def test_the_workflow_hands_the_number_to_the_training_stage(
+    run: RunConfig, play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    folder = run_workflow(run, TRAIN, python=play({}))
+    assert load_config(folder / "config.yaml").train.processes == 3
 
 
 def test_only_caching_stages_know_that_a_launcher_started_several(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from dittocache.training import interrupt
 from dittocache.training.interrupt import stop_on_signals
 
 
@@ -20,7 +21,15 @@ def test_a_signal_asks_the_loop_to_stop_and_the_handler_comes_back(number: signa
     assert signal.getsignal(number) is former
 
 
-def test_a_second_interrupt_does_not_wait() -> None:
+def test_the_same_interrupt_from_terminal_and_launcher_is_one_request() -> None:
+    with stop_on_signals() as should_stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert should_stop()
+
+
+def test_a_second_interrupt_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupt, "SAME_REQUEST_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt), stop_on_signals():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)

@@ -1,7 +1,7 @@
 """The training stage: a LoRA on cached embeddings, or on live ones where the cache is switched off or incomplete.
 
-With `train.processes`, or started by `accelerate launch -m dittocache.jobs.stage train --run-dir RUN`, it is one of
-several processes, of which the first writes events, checkpoints and pictures.
+With `train.processes`, or started by `accelerate launch --multi_gpu -m dittocache.jobs.stage train --run-dir RUN`
+(which works on CPUs too), it is one of several processes, of which the first writes events, checkpoints and pictures.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from dittocache.embeddings.reading.reader import CachedSamples
 from dittocache.events import EventLog, Progress
 from dittocache.jobs.inputs import RunInputs, load_manifest
+from dittocache.jobs.ranks import lost_processes
 from dittocache.jobs.run_folder import CHECKPOINTS_NAME, LORA_NAME
 from dittocache.jobs.training_identity import run_identity, sample_repeats
 from dittocache.jobs.training_memory import memory_plan
@@ -64,6 +65,9 @@ def _train(inputs: RunInputs, log: EventLog) -> None:
     repeats = sample_repeats(inputs, names)
     config = with_steps(config, epoch_length(names, repeats), accelerator.num_processes)
     log.emit("result", resumed_from=done, steps=config.steps)
+    lost = lost_processes(os.environ)
+    if lost is not None:
+        log.message(lost, level="warning")
     plan = memory_plan(inputs, names, source)
     log.message(plan.describe())
     log.emit("result", memory_plan=plan.as_dict())

@@ -51,6 +51,27 @@ def without_rank(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def processes_to_train(environment: Mapping[str, str], configured: int) -> int:
+    """How many processes train together, started by the first of those that a launcher started on this machine.
+
+    As many as the launcher started, or `configured` where that is more, or where they are spread over machines or
+    srun started them: then what starts them must also be told where they meet.
+    """
+    count, local = environment.get("WORLD_SIZE", "1"), environment.get("LOCAL_WORLD_SIZE", "")
+    return max(configured, int(count)) if count == local else configured
+
+
+def lost_processes(environment: Mapping[str, str]) -> str | None:
+    """A warning where `accelerate launch --cpu` was asked for several processes, of which it starts one; else None."""
+    asked = environment.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1") and "MASTER_PORT" in environment
+    if not asked or "WORLD_SIZE" in environment:
+        return None
+    return (
+        "accelerate launch --cpu starts one process, whatever --num_processes says, so this one trains alone; set "
+        "train.processes, or use accelerate launch --multi_gpu, which starts them on CPUs too"
+    )
+
+
 def device_of_worker(device: str, position: int, devices: int) -> str:
     """The device of the worker at `position` on this machine: CUDA devices are dealt out from the named one on.
 

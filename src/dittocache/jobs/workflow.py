@@ -17,7 +17,7 @@ from dittocache.errors import StageError
 from dittocache.events import Event, EventLog, follow_events, read_events
 from dittocache.jobs.failures import STOPPED, STOPPED_CODES, describe_returncode, hint_for, last_lines
 from dittocache.jobs.process import StageProcess
-from dittocache.jobs.ranks import rank_of
+from dittocache.jobs.ranks import processes_to_train, rank_of
 from dittocache.jobs.run_folder import CONFIG_NAME, EVENTS_NAME, LOG_NAME, WORKERS_NAME, WORKFLOW, held_folder
 from dittocache.jobs.stages import CACHING
 
@@ -55,7 +55,8 @@ def run_workflow(
 
     Stages that have nothing to do (everything is cached) are not started; an event says so. The caching stages run at
     the same time where their encoders have different devices. Where torchrun or Slurm started several processes, the
-    first one runs the workflow; the others only help with caching, in folders of their own below the run's. SIGINT and
+    first one runs the workflow; the others only help with caching, in folders of their own below the run's, and end.
+    Training then starts as many processes as torchrun or `accelerate launch` had started on this machine. SIGINT and
     SIGTERM go to the stage, which ends in good order; a second one ends it at once.
 
     Raises StageFailed (what went wrong, the end of the output, a hint), WorkflowStopped, StageError when another run
@@ -85,7 +86,8 @@ def _part_of_rank(config: RunConfig, stages: Sequence[str]) -> tuple[RunConfig, 
     if rank.index == 0:
         if not config.cache.keep_cache and "train" in stages:
             stages = (*stages, "remove_cache")
-        return config, stages
+        processes = processes_to_train(os.environ, config.train.processes)
+        return config.model_copy(update={"train": config.train.model_copy(update={"processes": processes})}), stages
     own = {"output_dir": config.run_dir / WORKERS_NAME, "name": f"rank-{rank.index}"}
     return config.model_copy(update=own), [stage for stage in stages if stage in CACHING]
 

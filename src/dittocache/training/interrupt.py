@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+SAME_REQUEST_SECONDS = 2.0
+"""A launcher passes on the Ctrl-C that the terminal has already sent to its processes: that is not a second one."""
+
 
 @contextmanager
 def stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Yield a `should_stop` that is true once SIGINT or SIGTERM has come; a second SIGINT interrupts at once.
+    """Yield a `should_stop` that is true once SIGINT or SIGTERM has come; a later SIGINT interrupts at once.
 
     The former handlers come back at the end. Only the main thread may use it (Python's rule for signal handlers).
     """
-    received: list[int] = []
+    received: list[float] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and received:
+        received.append(time.monotonic())
+        if number == signal.SIGINT and received[-1] - received[0] > SAME_REQUEST_SECONDS:
             raise KeyboardInterrupt
-        received.append(number)
 
     former = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
