@@ -165,10 +165,8 @@ def _pipeline_areas(sizes: Sizes) -> Iterator[None]:
         yield
 
 
-def first_forward(pipe: Any, sample: Sample, sizes: Sizes = SIZES) -> dict[str, Any]:
-    """What the stock pipeline's own call passes to its transformer at the first step of this sample."""
-    seen: list[dict[str, Any]] = []
-    hook = pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+def stock_call(pipe: Any, sample: Sample, sizes: Sizes = SIZES, steps: int = 2) -> torch.Tensor:
+    """The latents `(1, N, 64)` that the stock pipeline's own call makes of this sample."""
     width, height = sample.size
     options: dict[str, Any] = {"guidance_scale": 1.0} if "Flux" in type(pipe).__name__ else {"true_cfg_scale": 1.0}
     if "Kontext" in type(pipe).__name__:
@@ -177,17 +175,25 @@ def first_forward(pipe: Any, sample: Sample, sizes: Sizes = SIZES) -> dict[str, 
         images = [Image.open(path) for path in sample.controls]
         # The first Qwen-Image-Edit would show its text encoder a list as it is, not resized.
         options["image"] = images[0] if type(pipe).__name__ == "QwenImageEditPipeline" else images
+    with _pipeline_areas(sizes):
+        latents: torch.Tensor = pipe(
+            prompt=sample.prompt,
+            width=width,
+            height=height,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(1),
+            output_type="latent",
+            **options,
+        ).images
+    return latents
+
+
+def first_forward(pipe: Any, sample: Sample, sizes: Sizes = SIZES) -> dict[str, Any]:
+    """What the stock pipeline's own call passes to its transformer at the first step of this sample."""
+    seen: list[dict[str, Any]] = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
     try:
-        with _pipeline_areas(sizes):
-            pipe(
-                prompt=sample.prompt,
-                width=width,
-                height=height,
-                num_inference_steps=2,
-                generator=torch.Generator().manual_seed(1),
-                output_type="latent",
-                **options,
-            )
+        stock_call(pipe, sample, sizes)
     finally:
         hook.remove()
     return seen[0]
@@ -211,6 +217,11 @@ def encode_all_fixture() -> Any:
 @pytest.fixture(name="first_forward")
 def first_forward_fixture() -> Any:
     return first_forward
+
+
+@pytest.fixture(name="stock_call")
+def stock_call_fixture() -> Any:
+    return stock_call
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def test_lora_targets_name_modules(family: Family, pipe: Any) -> None:
 
 @pytest.mark.capability("lora")
 def test_one_step_moves_lora_parameters_only_and_the_stock_pipeline_loads_them(
-    family: Family, pipe: Any, case: Any, samples: list[Sample], tmp_path: Path, encode_all: Any
+    family: Family, pipe: Any, case: Any, samples: list[Sample], tmp_path: Path, encode_all: Any, stock_call: Any
 ) -> None:
     batch = encode_all(family, pipe, samples[:1])
     inputs = family.training_inputs(batch, _noise(batch), torch.tensor([0.5]))
@@ -106,7 +106,7 @@ def test_one_step_moves_lora_parameters_only_and_the_stock_pipeline_loads_them(
         with torch.no_grad():
             return module(**inputs.transformer_kwargs, return_dict=False)[0]
 
-    base = output(transformer)
+    base, base_picture = output(transformer), stock_call(pipe, samples[0])
     parameters = add_lora(transformer, family, CONFIG)
     assert torch.equal(output(transformer), base), "a fresh LoRA must not change the output"
     before = {name: parameter.clone() for name, parameter in transformer.named_parameters()}
@@ -123,5 +123,9 @@ def test_one_step_moves_lora_parameters_only_and_the_stock_pipeline_loads_them(
     fresh = tiny_pipeline(case.tiny, **case.options)
     fresh.load_lora_weights(tmp_path / "lora")
     assert torch.equal(output(fresh.transformer), trained)
+    picture = stock_call(fresh, samples[0])
+    assert torch.equal(picture, stock_call(pipe, samples[0])), "the stock pipeline must draw what the trained one draws"
+    assert (picture - base_picture).norm() / base_picture.norm() > 1e-3
     fresh.unload_lora_weights()
     assert torch.equal(output(fresh.transformer), base)
+    assert torch.equal(stock_call(fresh, samples[0]), base_picture)

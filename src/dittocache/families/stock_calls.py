@@ -88,7 +88,8 @@ def picture_options(
         yield options
         return
     if pictures:
-        options["image"] = list(pictures)
+        # The first Qwen-Image-Edit resizes a picture, but shows its text encoder a list as it is.
+        options["image"] = pictures[-1] if type(pipe).__name__ in _ONE_REFERENCE else list(pictures)
     area_side = _common_side(pipe, pictures) if resolution == "own" else resolution
     with qwen_image_sizes.pipeline_sizes(replace(sizes, resolution=area_side)):
         yield options
