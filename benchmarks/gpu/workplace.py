@@ -59,10 +59,8 @@ class Workplace:
 
     @property
     def sizes(self) -> Sizes:
-        """1024 and 384 pixels, as the checkpoints are used; Qwen-Image-Edit shows its encoder the whole picture."""
-        if self.tiny:
-            return Sizes(self.resolution, 32)
-        return Sizes(self.resolution, self.resolution if self.family_name == "qwen-image-edit" else 384)
+        """1024 and 384 pixels, as the checkpoints are used."""
+        return Sizes(self.resolution, 32 if self.tiny else 384)
 
     @property
     def dtype(self) -> torch.dtype:
