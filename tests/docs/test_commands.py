@@ -19,7 +19,8 @@ import dittocache
 from dittocache import main
 from dittocache.cli import app as cli
 from dittocache.cli import shared
-from dittocache.config import RunConfig
+from dittocache.config import RunConfig, check_config
+from dittocache.jobs import quick_start
 from dittocache.jobs.inputs import RunInputs
 from dittocache.jobs.stages import STAGES
 
@@ -72,12 +73,19 @@ class NoPlan:
         return "planned"
 
 
+def settings_of_words(data: str, model: str, overrides: dict[str, Any], notice: Any) -> RunConfig:
+    """Stands for the settings chosen for a data set and a model that are not on this machine."""
+    return check_config({}, {**overrides, "data.path": data, "model.path": model})
+
+
 @pytest.mark.parametrize("words", commands())
 def test_commands(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
     asked = Asked()
     monkeypatch.setattr(shared, "run_workflow", asked)
     monkeypatch.setattr(RunInputs, "plan", lambda self: NoPlan())
+    monkeypatch.setattr(quick_start, "quick_config", settings_of_words)
+    monkeypatch.setattr(shared, "_config_of_run", lambda overrides: Path("configs/demo.yaml"))
     if words[:2] == ["dittocache", "cache"] and words[2] in WITHOUT_WORKFLOW:
         command, _, _ = cli.app.parse_args(words[1:], exit_on_error=False, print_error=False)
         assert command.__name__.rstrip("_") == words[2]

@@ -71,12 +71,15 @@ def test_every_command_of_a_page_is_carried_out(page: list[list[str]], workplace
     overrides = [word for name, value in small.items() for word in (f"--{name}", value)]
     if any("qflux_cache" in words for words in page):
         elsewhere = [*overrides, "--cache.cache_dir", "before", "--name", "before"]
-        assert cli.run(["cache", "--config", "configs/qwen-image-edit-plus.yaml", *elsewhere]) == 0
-        exported = ["cache", "export", "qflux_cache", "--config", "configs/qwen-image-edit-plus.yaml", *elsewhere]
+        assert cli.run(["cache", "--config", "configs/qwen-image-edit-plus-24gb.yaml", *elsewhere]) == 0
+        exported = ["cache", "export", "qflux_cache", "--config", "configs/qwen-image-edit-plus-24gb.yaml", *elsewhere]
         assert cli.run(exported) == 0
     for words in page:
         run = cli.run if words[0] == "dittocache" else main.main
         arguments = words[1:] if words[0] == "dittocache" else words[3:]
+        for option, place in (("--model", "tiny"), ("--data", str(OWN_DATA))):
+            if option in arguments:
+                arguments[arguments.index(option) + 1] = place
         assert run([*arguments, *overrides]) == 0, " ".join(words)
     did = {words[1] for words in page if words[0] == "dittocache"}
     runs = [path for path in (workplace / "runs").glob("*") if path.is_dir()]
