@@ -11,6 +11,7 @@ Where memory runs out, the row says so. Results are saved after every row; start
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import sys
@@ -64,12 +65,7 @@ class Loaded:
 
 
 def main(words: Sequence[str]) -> Results:
-    parser = common_arguments(__doc__)
-    parser.add_argument(
-        "--batches", type=int, nargs="+", default=[1, 4, 8], help="samples that an encoder gets at once"
-    )
-    parser.add_argument("--num-workers", type=int, default=min(8, os.cpu_count() or 1), help="decoding processes")
-    wanted = parser.parse_args(words)
+    wanted = parser().parse_args(words)
     device = device_of(wanted)
     ends = time.monotonic() + 60 * wanted.minutes
     with tempfile.TemporaryDirectory(prefix="dittocache-gpu-", dir=wanted.folder) as folder:
@@ -104,6 +100,16 @@ def main(words: Sequence[str]) -> Results:
             free_memory()
     print(table(results))
     return results
+
+
+def parser() -> argparse.ArgumentParser:
+    """The program's options."""
+    options = common_arguments(__doc__)
+    options.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 4, 8], help="samples that an encoder gets at once"
+    )
+    options.add_argument("--num-workers", type=int, default=min(8, os.cpu_count() or 1), help="decoding processes")
+    return options
 
 
 def warm_up(place: Workplace, loaded: Loaded, encoder: str, device: str) -> None:

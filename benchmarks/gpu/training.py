@@ -42,6 +42,7 @@ ROWS = (  # the most telling ones first: time may run out
     "live:deterministic=1,steps=4",
     "cached:base=fp8",
     "live:base=fp8",
+    "cached:base=fp8,offload=1",
     "cached:batch=4",
     "live:batch=4",
     "cached:checkpointing=0",
@@ -55,11 +56,7 @@ PATIENCE = 60.0  # seconds that a row may take beyond the time given
 
 
 def main(words: Sequence[str], carry_out: Task | None = None) -> Results:
-    parser = common_arguments(__doc__)
-    parser.add_argument("--rows", nargs="+", default=ROWS, metavar="WAY[:SETTING=VALUE,...]", help="what to measure")
-    parser.add_argument("--steps", type=int, default=8, help="steps of a row that does not say its own")
-    parser.add_argument("--memory", type=float, help="gigabytes that may be used of the GPU, to try a smaller one")
-    wanted = parser.parse_args(words)
+    wanted = parser().parse_args(words)
     device, carry_out = device_of(wanted), carry_out or in_a_process
     rows = [parse_row(text, wanted.steps) for text in wanted.rows]
     ends = time.monotonic() + 60 * wanted.minutes
@@ -83,6 +80,15 @@ def main(words: Sequence[str], carry_out: Task | None = None) -> Results:
     return results
 
 
+def parser() -> argparse.ArgumentParser:
+    """The program's options."""
+    options = common_arguments(__doc__)
+    options.add_argument("--rows", nargs="+", default=ROWS, metavar="WAY[:SETTING=VALUE,...]", help="what to measure")
+    options.add_argument("--steps", type=int, default=8, help="steps of a row that does not say its own")
+    options.add_argument("--memory", type=float, help="gigabytes that may be used of the GPU, to try a smaller one")
+    return options
+
+
 def parse_row(text: str, steps: int) -> Row:
     """`live:batch=4,base=fp8,checkpointing=0` as a Row; raises SystemExit for what is no row."""
     way, _, settings = text.partition(":")
@@ -91,6 +97,7 @@ def parse_row(text: str, steps: int) -> Row:
         "steps": int,
         "base": str,
         "checkpointing": lambda value: bool(int(value)),
+        "offload": lambda value: bool(int(value)),
         "deterministic": lambda value: bool(int(value)),
     }
     row = Row(way, steps=steps)

@@ -47,6 +47,7 @@ class Row:
         batch: samples a step.
         base: how the frozen weights are held, `none` (16 bit) or `fp8`.
         checkpointing: whether activations are computed again.
+        offload: whether frozen blocks stay in the machine's memory.
         deterministic: whether torch is told to use deterministic kernels: for losses to be compared, not for times.
         steps: optimizer steps, the first two of which are not timed.
     """
@@ -55,17 +56,19 @@ class Row:
     batch: int = 1
     base: str = "none"
     checkpointing: bool = True
+    offload: bool = False
     deterministic: bool = False
     steps: int = 8
 
     @property
     def setting(self) -> tuple[Any, ...]:
         """What rows have in common whose losses must be the same."""
-        return self.batch, self.base, self.checkpointing, self.deterministic, self.steps
+        return self.batch, self.base, self.checkpointing, self.offload, self.deterministic, self.steps
 
     def __str__(self) -> str:
         words = [self.way, f"batch {self.batch}", "fp8 base" if self.base == "fp8" else "16-bit base"]
         words += [] if self.checkpointing else ["no checkpointing"]
+        words += ["offloaded"] if self.offload else []
         return ", ".join([*words, *(["deterministic"] if self.deterministic else [])])
 
 
@@ -160,6 +163,7 @@ def _settings(row: Row) -> TrainConfig:
             "batch_size": row.batch,
             "base_quantization": row.base,
             "gradient_checkpointing": row.checkpointing,
+            "offload": "group" if row.offload else "none",
             "checkpoint_every": row.steps,
         }
     )
