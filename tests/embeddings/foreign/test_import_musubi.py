@@ -167,7 +167,7 @@ def test_another_architecture_is_named(tmp_path: Path, job: Job) -> None:
     with pytest.raises(CacheError, match=r"has no \*_qie\.safetensors; expected the cache_directory of musubi-tuner"):
         run(job, tmp_path / "musubi")
     job.family.name = "flux"
-    with pytest.raises(CacheError, match="cannot be imported for flux; they can for qwen-image-edit-plus"):
+    with pytest.raises(CacheError, match="cannot be imported for flux; they can for qwen-image, qwen-image-edit, "):
         run(job, tmp_path / "musubi")
 
 

@@ -27,10 +27,10 @@ def photograph(path: Path, seed: int, size: tuple[int, int]) -> Path:
     return path
 
 
-@pytest.fixture(params=["qwen-image-edit-plus", "flux"])
+@pytest.fixture(params=["qwen-image", "qwen-image-edit", "qwen-image-edit-plus", "flux"])
 def job(tmp_path: Path, request: pytest.FixtureRequest) -> Job:
     save_tiny(tmp_path / "model", request.param)
-    edits = request.param != "flux"
+    edits = "edit" in request.param
     samples = [
         Sample(
             name=f"sample-{number}",
@@ -86,22 +86,18 @@ def test_export_and_back(tmp_path: Path, job: Job) -> None:
 
 def test_musubi(tmp_path: Path, job: Job) -> None:
     tensors = encoded(job)
-    write_musubi(tmp_path / "musubi", job.samples, tensors) if job.samples[0].controls else None
+    write_musubi(tmp_path / "musubi", job.samples, tensors, "qie" if job.samples[0].controls else "qi")
     if job.family.name == "flux":
         with pytest.raises(CacheError, match="cannot be imported for flux"):
             import_musubi(tmp_path / "musubi", job.plan(), job.store, job.log)
         return
     result = import_musubi(tmp_path / "musubi", job.plan(), job.store, job.log, check=2)
-    assert len(result.compared) == 8
+    edits = bool(job.samples[0].controls)
+    assert len(result.compared) == (8 if edits else 6)
     assert max(one.relative_rms for one in result.compared) < 1e-5
     for name, artifacts in job.stored().items():
-        assert set(artifacts) == {
-            "image_latents",
-            "control_latents",
-            "prompt_embeds",
-            "prompt_embeds_mask",
-            "img_shapes",
-        }
+        names = {"image_latents", "prompt_embeds", "prompt_embeds_mask", "img_shapes"}
+        assert set(artifacts) == names | ({"control_latents"} if edits else set())
         assert all(torch.equal(artifacts[key], tensors[name][key]) for key in artifacts)
 
 
@@ -115,3 +111,22 @@ def test_check_notices_another_prompt_template(tmp_path: Path, job: Job) -> None
     with pytest.raises(CacheError, match="is not what this model's encoders make of this data set") as error:
         import_qflux(tmp_path / "qflux", job.plan(), job.store, job.log, check=1)
     assert all("prompt_embeds" in problem for problem in error.value.problems)
+
+
+def test_a_mirrored_sample_is_refused_and_a_loss_mask_is_made_anew(tmp_path: Path, job: Job) -> None:
+    mask = photograph(tmp_path / "set/mask.png", 7, (64, 64))
+    plain = job.samples[0]
+    write_qflux(tmp_path / "qflux", job.samples, encoded(job))
+    job.samples = [replace(plain, mask=mask), replace(plain, name="mirrored", flipped=True, mask=mask)]
+    result = import_qflux(tmp_path / "qflux", job.plan(), job.store, job.log)
+    stored, expected = job.stored(), encoded(job)
+    assert {one.sample for one in result.refused} == {"mirrored"}
+    assert all("mirrored" in one.reason for one in result.refused)
+    for name in (plain.name, "mirrored"):
+        for fact in ("img_shapes", "loss_mask"):
+            assert torch.equal(stored[name][fact], expected[name][fact])
+    assert "image_latents" not in stored["mirrored"]
+    assert set(stored[plain.name]) == set(expected[plain.name])
+    job_of_one = replace(job, samples=job.samples[:1])
+    written = export_cache(job.store, job_of_one.plan().manifest, tmp_path / "out", "pt", "qflux", job_of_one.samples)
+    assert written

@@ -27,11 +27,9 @@ class Expected:
 
     Attributes:
         grids: (height, width) in packed latents of the target and of each control.
-        img_shapes: the same as the family gives it, `(1 + controls, 3)` int32.
     """
 
     grids: tuple[tuple[int, int], ...]
-    img_shapes: torch.Tensor
 
     def tokens(self, artifact: str) -> int:
         """How many packed latents `image_latents` or `control_latents` have."""
@@ -41,8 +39,8 @@ class Expected:
 
 def expected_of(family: Family, sample: Sample, sizes: Sizes) -> Expected:
     """Sizes of a sample; reads the headers of its pictures. Raises DataError when one cannot be read."""
-    shapes = family.encode(None, None, [sample], sizes)[0]["img_shapes"]
-    return Expected(tuple((int(height), int(width)) for _, height, width in shapes.tolist()), shapes)
+    shapes = family.encode(None, None, [sample], sizes, wanted=[{"img_shapes"}])[0]["img_shapes"]
+    return Expected(tuple((int(height), int(width)) for _, height, width in shapes.tolist()))
 
 
 class Widths:

@@ -131,7 +131,8 @@ class HashedLayout:
         """Whether pictures or prompt are others than those that were cached: the tensors would get their names."""
         sample = self._samples[name]
         controls = [f"file:{self._sources.digest(path)}" for path in sample.controls]
-        now = {"target": [f"file:{self._sources.digest(sample.target)}"], "control": controls}
+        masks = [f"file:{self._sources.digest(sample.mask)}"] if sample.mask else []
+        now = {"target": [f"file:{self._sources.digest(sample.target)}"], "control": controls, "mask": masks}
         for artifact, key in self._manifest.samples[name].items():
             texts = [] if artifact.startswith(EMPTY) else [f"text:{text_digest(sample.prompt)}"]
             cached: dict[str, list[str]] = {}

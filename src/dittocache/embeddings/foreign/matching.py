@@ -45,19 +45,22 @@ class Matcher:
 
     def read(self, one: Wanted, done: Collection[str | None]) -> Foreign:
         """The tensor of a record; raises CacheError or DataError where there is none that can be used."""
-        changed = [
-            file for file in (one.sample.target, *one.sample.controls) if self._plan.snapshot.changed_since(file)
-        ]
+        sample = one.sample
+        files = [sample.target, *sample.controls, *([sample.mask] if sample.mask else [])]
+        changed = [file for file in files if self._plan.snapshot.changed_since(file)]
         if changed:
             raise CacheError(f"{changed[0]} has changed since the plan was made: plan again")
         recipe = self._plan.recipe(one.key)
         base = base_key_of(recipe)
         if base is not None and base not in done and base not in self._store:
             raise CacheError("it is to share rows with the empty prompt's embedding, which is not there")
-        expected = self.expected(one.sample)
-        if recipe["encoder"] is None:  # plain facts are not taken on trust: they cost nothing
-            return Foreign(expected.img_shapes, "", ())
-        foreign = self._cache.read(one.sample, one.artifact, recipe, expected)
+        if recipe["encoder"] is None:  # shapes and loss masks are not taken on trust: they cost next to nothing
+            [facts] = self.family.encode(None, None, [sample], self._plan.sizes, wanted=[{one.artifact}])
+            return Foreign(facts[one.artifact], "", ())
+        if recipe["transform"].get("flipped"):
+            raise CacheError(f"{self._cache.tool} caches pictures as they are, and this sample's are mirrored")
+        expected = self.expected(sample)
+        foreign = self._cache.read(sample, one.artifact, recipe, expected)
         check_tensor(one.artifact, foreign.tensor, recipe, expected, self._widths)
         note = dtype_note(foreign.tensor, recipe)
         return Foreign(foreign.tensor, foreign.file, (*foreign.notes, *([note] if note else [])))

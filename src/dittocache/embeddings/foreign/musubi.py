@@ -28,7 +28,8 @@ from dittocache.embeddings.recipe import Recipe
 from dittocache.embeddings.store.record import LENGTH_BYTES
 from dittocache.errors import CacheError, RecordCorruptError, RecordMissingError
 
-ARCHITECTURES: Mapping[str, str] = {"qwen-image-edit-plus": "qie", "qwen-image": "qi"}  # by our family's name
+# By our family's name. Nothing in their files tells the two edit models apart.
+ARCHITECTURES: Mapping[str, str] = {"qwen-image": "qi", "qwen-image-edit": "qie", "qwen-image-edit-plus": "qie"}
 
 _TARGET = re.compile(r"latents_(\d+)x(\d+)x(\d+)_\w+")
 _CONTROL = re.compile(r"latents_control_(\d+)_(\d+)x(\d+)x(\d+)_\w+")
