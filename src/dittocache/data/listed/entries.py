@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from dittocache.data.listed.entry import Entry, Names, unusable_characters
+from dittocache.data.listed.entry import Entry, Names, unusable_character
 from dittocache.data.listed.picture_files import PictureFiles
 from dittocache.data.listed.roles import Roles
 from dittocache.data.listed.table import Row, Table
 
-_BLANK = (None, "")
+_ROUNDABOUT = re.compile(r"(^|/)(\.{0,2}/|\.{1,2}$)")  # `./a`, `../a`, `a//b`, `/a`
 
 
 class EntryReader:
@@ -32,53 +32,63 @@ class EntryReader:
         self._problems = problems
         self._files = PictureFiles(table.folder)
         self._names = Names()
+        self._prefix = os.path.join(table.folder, "")
+        self._uncontrolled: list[Row] = []
         self._seen: dict[tuple[object, ...], str] = {}
 
     def entries(self) -> list[Entry]:
         """An entry for each row in which nothing is wrong."""
-        made = [(row, entry) for row in self._table.rows if (entry := self._entry(row)) is not None]
-        self._compare_controls(made)
-        return [entry for _, entry in made]
+        entries = [entry for row in self._table.rows if (entry := self._entry(row)) is not None]
+        if len(self._uncontrolled) < len(entries):
+            self._tell_uncontrolled(len(entries) - len(self._uncontrolled))
+        return entries
 
     def _entry(self, row: Row) -> Entry | None:
         before = len(self._problems)
-        roles, cells = self._roles, row.cells
+        roles = self._roles
         targets = self._pictures(row, roles.target)
-        controls = [file for column in roles.controls for _, file in self._pictures(row, column)]
-        masks = [] if roles.mask is None else self._pictures(row, roles.mask)
-        if cells.get(roles.target) in _BLANK or cells.get(roles.target) == []:
+        if not targets and len(self._problems) == before:
             self._tell(row, f"no target picture in column {roles.target!r}")
+        controls = [file for column in roles.controls for file in self._pictures(row, column)]
+        masks = [] if roles.mask is None else self._pictures(row, roles.mask)
         for column, found in ((roles.target, targets), (roles.mask, masks)):
             if len(found) > 1:
                 self._tell(row, f"{len(found)} pictures in column {column!r}; expected one")
-        prompt = self._prompt(row, targets[0][1] if targets else None)
+        prompt = self._prompt(row, targets[0] if targets else None)
         if len(self._problems) > before:
             return None
-        written, target = targets[0]
-        mask = masks[0][1] if masks else None
+        target, mask = targets[0], masks[0] if masks else None
         if row.name is None and self._is_repeated(row, (target, tuple(controls), prompt, mask)):
             return None
-        name = row.name if row.name is not None else self._names.name(self._called(written))
+        if not controls:
+            self._uncontrolled.append(row)
+        name = row.name if row.name is not None else self._names.name(self._called(target))
         return Entry(name, Path(target), tuple(map(Path, controls)), prompt, None if mask is None else Path(mask))
 
-    def _pictures(self, row: Row, column: str) -> list[tuple[str, str]]:
-        """Each picture that a cell names: as it is written, and the file's path."""
+    def _pictures(self, row: Row, column: str) -> list[str]:
+        """The path of each picture that a cell names."""
         cell = row.cells.get(column)
-        found = []
-        for written in cell if isinstance(cell, list) else [cell]:
-            if written in _BLANK or (isinstance(written, str) and not (written := written.strip())):
-                continue
-            if not isinstance(written, str):
-                self._tell(row, f"column {column!r} holds {_short(written)}; expected the name of a picture file")
-            elif bad := unusable_characters([written]):
-                self._tell(row, f"the name of the picture in column {column!r} holds {bad}; correct it")
-            elif (file := self._files.find(written)) is None:
-                self._tell(row, f"picture {_short(written)} does not exist{self._place(written)}")
-            else:
-                found.append((written, file))
-        return found
+        several = cell if isinstance(cell, list) else (cell,)
+        return [file for one in several if (file := self._picture(row, column, one)) is not None]
 
-    def _place(self, written: str) -> str:
+    def _picture(self, row: Row, column: str, written: object) -> str | None:
+        """The path of a picture; None where there is none, with the reason told unless the cell is blank."""
+        if written is None:
+            return None
+        if not isinstance(written, str):
+            self._tell(row, f"column {column!r} holds {_short(written)}; expected the name of a picture file")
+            return None
+        written = written.strip()
+        if not written:
+            return None
+        file = self._files.find(written)
+        if file is None:
+            bad = unusable_character(written)
+            missing = f"picture {_short(written)} does not exist{self._missing_from(written)}"
+            self._tell(row, f"the name of the picture in column {column!r} holds {bad}; correct it" if bad else missing)
+        return file
+
+    def _missing_from(self, written: str) -> str:
         if "://" in written:
             return "; it is a web address: download the pictures and name the files"
         return "" if os.path.isabs(written) else f" in {self._table.folder}"
@@ -94,7 +104,7 @@ class EntryReader:
         prompt = row.cells[column]
         if not isinstance(prompt, str):
             self._tell(row, f"the caption in column {column!r} is {_short(prompt)}; expected a text")
-        elif bad := unusable_characters([prompt]):
+        elif bad := unusable_character(prompt):
             self._tell(row, f"the caption in column {column!r} holds {bad}; correct it")
         elif not (words := prompt.strip()):
             self._tell(row, f"the caption in column {column!r} is empty")
@@ -117,14 +127,15 @@ class EntryReader:
             self._tell(row, f"the caption {file} is empty")
         return ""
 
-    def _called(self, written: str) -> str:
+    def _called(self, target: str) -> str:
         """A target's path as its sample is called: below the table's folder, in composed form (NFC)."""
-        path = os.path.normpath(written.replace("\\", "/"))
-        if os.path.isabs(path):
-            inside = os.path.relpath(path, os.path.abspath(self._table.folder))
+        path = target.removeprefix(self._prefix)
+        if path.startswith("/"):
+            inside = os.path.relpath(path, self._table.folder)
             path = path if inside.startswith("..") else inside
-        parts = PurePosixPath(path.replace(os.sep, "/")).parts
-        return unicodedata.normalize("NFC", "/".join(part for part in parts if part not in ("..", "/")))
+        if _ROUNDABOUT.search(path):
+            path = "/".join(part for part in os.path.normpath(path).split("/") if part not in ("..", ""))
+        return path if path.isascii() else unicodedata.normalize("NFC", path)
 
     def _is_repeated(self, row: Row, content: tuple[object, ...]) -> bool:
         """Whether another row says just the same, which is then told."""
@@ -133,13 +144,11 @@ class EntryReader:
             self._tell(row, f"the same as {earlier}; remove one of them (repeats trains on a set's samples more often)")
         return earlier != row.where
 
-    def _compare_controls(self, made: Sequence[tuple[Row, Entry]]) -> None:
+    def _tell_uncontrolled(self, others: int) -> None:
         """Tell of rows without control pictures in a table where others have them."""
-        without = [row for row, entry in made if not entry.controls]
-        if len(without) < len(made):
-            for row in without:
-                columns = " or ".join(repr(column) for column in self._roles.controls)
-                self._tell(row, f"no control picture in {columns}, but {len(made) - len(without)} other rows have one")
+        columns = " or ".join(repr(column) for column in self._roles.controls)
+        for row in self._uncontrolled:
+            self._tell(row, f"no control picture in {columns}, but {others} other row(s) have one")
 
     def _tell(self, row: Row, problem: str) -> None:
         self._problems.append(f"{self._table.path}, {row.where}: {problem}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Names:
         Args:
             target: the picture's path as the list is to call it, with forward slashes and its ending.
         """
-        stem = target.removesuffix(PurePosixPath(target).suffix)
+        stem = os.path.splitext(target)[0]
         base = stem if self._target_of.setdefault(stem, target) == target else target
         rows = self._rows[target] = self._rows.get(target, 0) + 1
         name = base if rows == 1 else f"{base}#{rows}"
@@ -54,14 +54,13 @@ class Names:
         return name
 
 
-def unusable_characters(texts: Iterable[str]) -> str | None:
-    """What in these texts is no character that a file name or caption may hold; None where all is well."""
-    for text in texts:
-        if "\0" in text:
-            return "a NUL byte"
-        if not text.isascii():
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                return f"\\u{ord(text[error.start]):04x}, half of a surrogate pair"
+def unusable_character(text: str) -> str | None:
+    """What in a text is no character that a file name or caption may hold; None where all is well."""
+    if "\0" in text:
+        return "a NUL byte"
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return f"\\u{ord(text[error.start]):04x}, half of a surrogate pair"
     return None

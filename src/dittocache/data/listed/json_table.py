@@ -55,7 +55,8 @@ def _table(path: Path, found: Iterable[tuple[str, object]], problems: list[str])
         if not isinstance(cells, dict):
             problems.append(f'{path}, {where}: {_kind(cells)}; expected an object such as {{"file_name": ...}}')
             continue
-        columns.update(dict.fromkeys(cells))
+        if not cells.keys() <= columns.keys():
+            columns.update(dict.fromkeys(cells))
         rows.append(Row(where, cells))
     return Table(path, path.parent, str(path), list(columns), rows)
 

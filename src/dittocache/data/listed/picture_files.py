@@ -19,7 +19,7 @@ class PictureFiles:
 
     def __init__(self, folder: Path) -> None:
         self._folder = os.fspath(folder)
-        self._listings: dict[str, dict[str, str]] = {}
+        self._listings: dict[str, tuple[str, dict[str, str]]] = {}
 
     def find(self, path: str) -> str | None:
         """The path of the file that is meant; None where there is none."""
@@ -29,17 +29,18 @@ class PictureFiles:
         return found
 
     def _find(self, path: str) -> str | None:
-        full = os.path.join(self._folder, path)
-        folder, name = os.path.split(full)
-        listing = self._listings.get(folder)
+        below, slash, name = path.rpartition("/")
+        listing = self._listings.get(below + slash)
         if listing is None:
-            listing = self._listings[folder] = _files(folder)
-        if name in listing:
-            return full
-        actual = listing.get(unicodedata.normalize("NFC", name))
-        if actual is not None:
-            return os.path.join(folder, actual)
-        return full if _is_file(full) else None  # a file system may not tell upper from lower case
+            folder = os.path.join(self._folder, below + slash)
+            prefix = folder if folder.endswith("/") else f"{folder}/"
+            listing = self._listings[below + slash] = prefix, _files(folder)
+        prefix, actual = listing[0], listing[1].get(name)
+        if actual is None:
+            actual = listing[1].get(unicodedata.normalize("NFC", name))
+        if actual is None and _is_file(prefix + name):  # a file system may not tell upper from lower case
+            actual = name
+        return None if actual is None else prefix + actual
 
 
 def _files(folder: str) -> dict[str, str]:

@@ -68,7 +68,7 @@ def find_roles(columns: Sequence[str], settings: ColumnSettings, where: str, pro
     free = [column for column in columns if column not in taken]
     found = {role: chosen[role] if role in chosen else _guessed(role, free) for role in _KNOWN}
     for role in _SINGLE:
-        if len(found[role]) > 1:
+        if role not in chosen and len(found[role]) > 1:
             both = " and ".join(repr(column) for column in found[role])
             problems.append(f"{where}: {both} could each be the {role}; say which one with columns.{role}")
     if len(problems) > before:
@@ -94,7 +94,7 @@ def _chosen(
     """The columns that the settings name for a role."""
     names = [settings[role]] if isinstance(setting := settings[role], str) else list(setting)
     if role != "controls" and len(names) > 1:
-        problems.append(f"columns.{role} names {len(names)} columns; expected one")
+        problems.append(f"{where}: columns.{role} names {len(names)} columns; expected one")
     for name in names:
         if name not in columns:
             problems.append(
