@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -14,7 +14,7 @@ from dittocache.settings import Settings
 
 SMALLEST_SIDE = 32
 Frame = tuple[int, int]
-Role = Literal["target", "controls", "prompt", "mask"]
+ROLES = ("target", "controls", "prompt", "mask")
 
 
 class SetSettings(Settings):
@@ -61,7 +61,7 @@ class SetSettings(Settings):
     flip: bool = False
     """Whether each sample is trained on mirrored left-right too."""
 
-    columns: dict[Role, str | list[str]] = {}
+    columns: dict[str, str | list[str]] = {}
     """Which columns of a table hold `target`, `controls`, `prompt` and `mask`, where they have other names."""
 
     @field_validator("resolution", mode="before")
@@ -85,6 +85,13 @@ class SetSettings(Settings):
         if not bare or "/" in bare:
             raise PydanticCustomError("caption_extension", "a file ending such as .txt or .caption")
         return f".{bare}"
+
+    @field_validator("columns")
+    @classmethod
+    def _check_roles(cls, value: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
+        if not value.keys() <= set(ROLES):
+            raise PydanticCustomError("columns", f"columns for {', '.join(ROLES)} and no other")
+        return value
 
     @property
     def frames(self) -> tuple[Frame, ...]:
@@ -167,18 +174,15 @@ class DataConfig(SetSettings):
         """Settings for a set that is only looked at: each sample once, unmirrored, in the first resolution."""
         width, height = self.frames[0]
         settings = {
-            **self.model_dump(exclude={"sets", "control_path", "columns"}),
+            **self.model_dump(exclude={"sets", "control_path"}),
             "path": path,
             "resolution": width if width == height else [(width, height)],
             "flip": False,
             "repeats": 1,
         }
-        if path.suffix.lower() in TABLES:
-            settings["columns"] = self.columns
         return DataConfig.model_validate(settings)
 
 
-TABLES = (".csv", ".jsonl")
 _PLACES = ("path", "control_path")
 
 

@@ -65,6 +65,11 @@ class FolderPlace:
         return Path(os.path.commonpath([os.path.abspath(folder) for folder in folders]))
 
 
+def is_folder_of_targets(path: Path) -> bool:
+    """Whether there is a folder of targets in it, so that nothing else that lies there makes it a list."""
+    return any((path / name).is_dir() for name in TARGET_FOLDERS)
+
+
 def load_folder(config: SetConfig, size_multiple: int, memory: Path | None = None) -> FileSamples:
     """The samples of the folder `config.path` in the order of their names.
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from dittocache.data.config import DataConfig
 from dittocache.data.file_samples import FileSamples
-from dittocache.data.folder import folder_place, load_place
+from dittocache.data.folder import folder_place, is_folder_of_targets, load_place
+from dittocache.data.listed.kinds import kind_of
 from dittocache.data.sample_sets import SampleSets, name_problems, set_names
 from dittocache.data.toml_sets import SetSource, read_toml_sets
 from dittocache.data.variants import Treatment, treatment_of
@@ -65,9 +66,23 @@ def _sources(config: DataConfig, problems: list[str]) -> list[SetSource]:
 
 def _load(source: SetSource, treatment: Treatment, memory: Path | None) -> FileSamples:
     config = source.config
-    samples = load_place(folder_place(config, source.flat), treatment, memory)
+    if not _is_folder(source):
+        from dittocache.data.listed_samples import load_listed
+
+        if config.control_path is not None:
+            raise DataError(f"control_path is for folders; {config.path} names its own control pictures: leave it out")
+        samples = load_listed(config, treatment, memory)
+    else:
+        samples = load_place(folder_place(config, source.flat), treatment, memory)
+        if config.columns:
+            samples.notes.append(f"{config.path} is a folder and has no columns: the setting does not count for it")
     samples.notes += source.notes
     return samples
+
+
+def _is_folder(source: SetSource) -> bool:
+    path = source.config.path
+    return source.flat or is_folder_of_targets(path) or kind_of(path) == "folder"
 
 
 def notes_of(samples: Sequence[object]) -> list[str]:
