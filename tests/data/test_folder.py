@@ -178,3 +178,91 @@ def test_the_size_is_that_of_the_upright_picture(tmp_path: Path) -> None:
 def test_samples_get_the_bucket_of_their_aspect_ratio(tmp_path: Path) -> None:
     add(tmp_path / "images/a.png", size=(400, 200), caption="a")
     assert loaded(tmp_path, resolution=1024)[0].size == (1440, 736)
+
+
+def test_a_folder_of_pictures_and_captions_is_enough(tmp_path: Path) -> None:
+    for name in ("b", "a", "dogs/c"):
+        add(tmp_path / f"{name}.png", caption=name)
+    (tmp_path / "README.md").write_text("my pictures")
+    (tmp_path / ".cache").mkdir()
+    add(tmp_path / ".cache/d.png", caption="hidden")
+    assert [(sample.name, sample.prompt, sample.controls) for sample in loaded(tmp_path)] == [
+        ("a", "a", ()),
+        ("b", "b", ()),
+        ("dogs/c", "dogs/c", ()),
+    ]
+
+
+def test_controls_in_a_folder_beside_loose_pictures(tmp_path: Path) -> None:
+    add(tmp_path / "a.png", caption="a")
+    control = add(tmp_path / "control/a.png")
+    [sample] = loaded(tmp_path)
+    assert (sample.name, sample.controls) == ("a", (control,))
+
+
+def test_captions_may_have_another_ending(tmp_path: Path) -> None:
+    for ending, caption in ((".caption", "said"), (".tags.TXT", "tags"), (".txt", "text")):
+        add(tmp_path / "images/a.png").with_suffix(ending).write_text(caption)
+    found = {
+        ending: load_folder(SetConfig(path=tmp_path, caption_extension=ending), 32)[0].prompt
+        for ending in ("caption", ".caption", ".tags.txt", ".txt")
+    }
+    assert found == {"caption": "said", ".caption": "said", ".tags.txt": "tags", ".txt": "text"}
+    (tmp_path / "images/a.caption").unlink()
+    with pytest.raises(DataError, match=r"no caption; expected it in a\.caption beside it"):
+        load_folder(SetConfig(path=tmp_path, caption_extension=".caption"), 32)
+    with pytest.raises(DataError, match=r"caption_extension \.PNG is that of pictures"):
+        load_folder(SetConfig(path=tmp_path, caption_extension="PNG"), 32)
+
+
+@pytest.mark.parametrize("controls", ["controls", "targets/edited", "elsewhere/controls"])
+def test_targets_and_controls_in_any_two_folders(tmp_path: Path, controls: str) -> None:
+    target = add(tmp_path / "targets/a.png", caption="a")
+    control = add(tmp_path / controls / "a.png")
+    config = SetConfig(path=tmp_path / "targets", control_path=tmp_path / controls)
+    [sample] = load_folder(config, 32)
+    assert (sample.name, sample.target, sample.controls) == ("a", target, (control,))
+    control.unlink()
+    with pytest.raises(DataError, match=r"a\.png: no control picture a\.\* in "):
+        load_folder(config, 32)
+
+
+def test_relative_folders_are_the_same_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(tmp_path / "targets/a.png", caption="a")
+    add(tmp_path / "other/a.png")
+    monkeypatch.chdir(tmp_path)
+    [sample] = load_folder(SetConfig(path="targets", control_path="other"), 32, tmp_path / "memory")
+    assert [file.resolve() for file in (sample.target, *sample.controls)] == [
+        tmp_path / "targets/a.png",
+        tmp_path / "other/a.png",
+    ]
+
+
+def test_two_folders_are_needed_for_targets_and_controls(tmp_path: Path) -> None:
+    add(tmp_path / "a.png", caption="a")
+    with pytest.raises(DataError, match="they need a folder each"):
+        load_folder(SetConfig(path=tmp_path, control_path=tmp_path), 32)
+    with pytest.raises(DataError, match=r"nowhere is not a folder; it was named as that of the control pictures"):
+        load_folder(SetConfig(path=tmp_path, control_path=tmp_path / "nowhere"), 32)
+
+
+def test_the_order_does_not_depend_on_that_of_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b", "a10", "a2", "é", "Z"):
+        add(tmp_path / f"{name}.png", caption=name)
+    before = [sample.name for sample in loaded(tmp_path)]
+    assert before == sorted(before)
+    real = os.scandir
+
+    class Backwards:
+        def __init__(self, folder: str) -> None:
+            with real(folder) as entries:
+                self._entries = list(entries)[::-1]
+
+        def __enter__(self) -> list[os.DirEntry[str]]:
+            return self._entries
+
+        def __exit__(self, *_: object) -> None:
+            return
+
+    monkeypatch.setattr("dittocache.data.scan.os.scandir", Backwards)
+    assert [sample.name for sample in loaded(tmp_path)] == before

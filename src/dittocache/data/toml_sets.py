@@ -184,6 +184,7 @@ def _defaults(settings: SetSettings) -> dict[str, Any]:
 def _places(path: Path, where: str, table: Table, problems: list[str]) -> tuple[Path | None, Path | None, Path | None]:
     """Folder of pictures or else listing, and folder of controls."""
     found: dict[str, Path] = {}
+    before = len(problems)
     for name in PLACES:
         value = table.get(name)
         if isinstance(value, str) and value:
@@ -194,6 +195,8 @@ def _places(path: Path, where: str, table: Table, problems: list[str]) -> tuple[
     listing = found.get("image_jsonl_file")
     controls = found.get("control_directory", found.get("conditioning_data_dir"))
     videos = [name for name in VIDEOS if name in table]
+    if len(problems) > before:
+        return None, None, None
     if videos:
         problems.append(f"{where}: {', '.join(videos)}: videos cannot be trained on; remove this set")
     elif folder is None and listing is None:
