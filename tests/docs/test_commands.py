@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.gpu.training import parse_row
 
 import dittocache
 from dittocache import main
@@ -25,7 +26,12 @@ from dittocache.jobs.inputs import RunInputs
 from dittocache.jobs.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks/gpu/README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 BLOCK = re.compile(r"^(?P<indent> *)```(?P<language>\w+)\n(?P<body>.*?)^(?P=indent)```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://|#)(?P<path>[^)#]+)")
 
@@ -96,6 +102,18 @@ def test_commands(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pyt
         assert words[0] in ("python", "torchrun", "srun")
         assert main.main(words[words.index("dittocache.main") + 1 :]) == 0
         assert asked.stages
+    elif words[0] == "accelerate":
+        from accelerate.commands.launch import launch_command_parser
+
+        launched = launch_command_parser().parse_args(words[2:])
+        assert (words[1], launched.module, launched.training_script) == ("launch", True, "dittocache.jobs.stage")
+        stage, option, _ = launched.training_script_args
+        assert stage in STAGES and option == "--run-dir"
+    elif words[:2] == ["python", "-m"] and words[2].startswith("benchmarks.gpu."):
+        options = importlib.import_module(words[2]).parser().parse_args(words[3:])
+        assert [parse_row(text, 8) for text in getattr(options, "rows", ["cached"])]
+    elif words[0] == "python" and words[1].startswith("benchmarks/"):
+        assert Path(words[1]).is_file()
     elif words[0] == "make":
         # The environment's stamp decides what else `make -n` would print; only the target itself is looked at.
         done = subprocess.run(["make", "-n", *words[1:]], capture_output=True, text=True, check=False)
@@ -115,7 +133,8 @@ def test_commands(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 def test_there_are_commands_on_every_page_that_has_tasks() -> None:
     pages = {page for page, _ in blocks("bash", "console", "sh", "shell")}
-    assert {"README.md", "getting-started.md", "embedding-cache.md", "sampling-caches.md"} <= pages
+    named = {"README.md", "getting-started.md", "embedding-cache.md", "sampling-caches.md", "training.md"}
+    assert named <= pages
 
 
 @pytest.mark.parametrize(("page", "code"), blocks("python"))

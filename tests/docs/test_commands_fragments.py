@@ -5,16 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import tomllib
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from PIL import Image
-from tests.docs.test_commands import blocks
+from tests.docs.test_commands import ROOT, blocks
 
-from dittocache.config import check_config
+from dittocache.config import check_config, load_config
 from dittocache.data.config import DataConfig
 from dittocache.data.loading import load_samples
 
@@ -92,6 +94,23 @@ def test_toml_can_be_trained_on(body: str, tmp_path: Path) -> None:
     samples = load_samples(DataConfig(path=tmp_path / "sets.toml"), 16, None)
     assert [len(sample.controls) for sample in samples] == [2, 0]
     assert [sample.repeats for sample in samples] == [2, 1]
+
+
+def test_the_table_of_cards_says_what_the_configs_say() -> None:
+    page = (ROOT / "docs/training.md").read_text()
+    configs = sorted((ROOT / "configs").glob("*-*gb.yaml"))
+    assert configs
+    for model, files in groupby(configs, lambda path: path.stem.rpartition("-")[0]):
+        assert f"| `{model}` | {' | '.join(map(_card, files))} |" in page
+
+
+def _card(path: Path) -> str:
+    planned = re.search(r"about (\d+) GB", path.read_text())
+    assert planned is not None
+    train = load_config(path).train
+    words = [f"{planned[1]} GB", f"batch {train.batch_size}"]
+    words += [] if train.base_quantization == "none" else [train.base_quantization]
+    return ", ".join([*words, *(["offloaded"] if train.offload == "group" else [])])
 
 
 def _make(path: Path) -> None:

@@ -66,6 +66,7 @@ def test_every_command_of_a_page_is_carried_out(page: list[list[str]], workplace
         "cache.num_workers": "0",
         "cache.workers": "1",
         "train.steps": "2",
+        "train.processes": "1",
         "generate.num_inference_steps": "3",
     }
     overrides = [word for name, value in small.items() for word in (f"--{name}", value)]
