@@ -9,17 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tests.jobs.test_whole_run import carry_out
 from tests.training.processes import environment
 
-from dittocache.config import RunConfig, save_config
+from dittocache.config import RunConfig, check_config, save_config
 from dittocache.errors import ConfigError
-from dittocache.events import Event, read_events
+from dittocache.events import Event, EventLog, read_events
 from dittocache.jobs.inputs import RunInputs
-from dittocache.jobs.training_pictures import TrainingPictures
+from dittocache.jobs.lora_training import open_source
+from dittocache.jobs.training_identity import run_identity
+from dittocache.training.accelerator import make_accelerator
 from dittocache.training.checkpoint import checkpoints
-from dittocache.training.lora import WEIGHT_NAME, read_settings
+from dittocache.training.loop import train_lora
+from dittocache.training.lora import WEIGHT_NAME, add_lora, read_settings
+from dittocache.training.sources import MixedSource
 
 CACHED = ("validate", "cache_latents", "cache_text")
 
@@ -28,8 +33,14 @@ def _with(config: RunConfig, **settings: Any) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update=settings)})
 
 
+def _data(config: RunConfig) -> Path:
+    assert config.data.path is not None
+    return config.data.path
+
+
 def _lora(config: RunConfig, name: str = "lora") -> dict[str, torch.Tensor]:
-    return load_file(config.run_dir / name / WEIGHT_NAME)
+    weights: dict[str, torch.Tensor] = load_file(config.run_dir / name / WEIGHT_NAME)
+    return weights
 
 
 def test_the_memory_plan_is_told_before_anything_is_loaded(config: RunConfig) -> None:
@@ -87,28 +98,12 @@ def test_prompts_of_ones_own_are_pictured_on_the_data_sets_references(config: Ru
     assert names == ["prompt-1.png", "prompt-2.png"]
 
 
-def test_pictures_of_cached_samples_need_no_text_encoder(config: RunConfig) -> None:
-    config = config.model_copy(update={"held_out": None})
-    carry_out(config, *CACHED)
-    inputs = RunInputs(config, config.run_dir)
-    transformer = inputs.family.load_pipeline(inputs.model, ["transformer"], inputs.dtype, "cpu").transformer
-    lean = TrainingPictures(inputs, transformer, torch.device("cpu"))
-    from_cache = [(config.run_dir / row["picture"]).read_bytes() for row in lean.make(1)]
-    assert lean._pipe.text_encoder is None
-    uncached = config.model_copy(update={"cache": config.cache.model_copy(update={"use_cache": False})})
-    whole = TrainingPictures(RunInputs(uncached, config.run_dir), transformer, torch.device("cpu"))
-    from_prompts = [(config.run_dir / row["picture"]).read_bytes() for row in whole.make(2)]
-    assert whole._pipe.text_encoder is not None
-    assert from_cache == from_prompts
-    assert len(set(from_cache)) == 2
-
-
 def test_another_model_is_no_continuation_and_other_captions_are_told(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     carry_out(config, *CACHED, "train")
     (config.run_dir / "checkpoints" / "finished").unlink()
-    (config.data.path / "training_images" / "edit-2.txt").write_text("something else\n")
+    (_data(config) / "training_images" / "edit-2.txt").write_text("something else\n")
     warnings: list[str] = []
 
     def listen(event: Event) -> None:
@@ -119,6 +114,50 @@ def test_another_model_is_no_continuation_and_other_captions_are_told(
     assert len(warnings) == 1
     assert "data: the samples, their files, captions or repeats are not those" in warnings[0]
     assert "steps: the checkpoint has 3, this run has 4" in warnings[0]
+
+
+def test_a_mask_picture_keeps_gradients_to_what_it_shows(config: RunConfig) -> None:
+    for number in range(4):
+        mask = Image.new("L", (64, 64))
+        mask.paste(255, (0, 0, 32, 64))
+        mask.save(_data(config) / "training_images" / f"edit-{number}_mask.png")
+    carry_out(config, *CACHED)
+    inputs = RunInputs(config, config.run_dir)
+    names, source = open_source(inputs, EventLog(config.run_dir / "events.jsonl", "train"))
+    assert isinstance(source, MixedSource)
+    transformer = inputs.family.load_pipeline(inputs.model, ["transformer"], inputs.dtype, "cpu").transformer
+    add_lora(transformer, inputs.family, config.train)
+    gradients: list[torch.Tensor] = []
+
+    def watch(module: Any, arguments: Any, output: Any) -> None:
+        output[0].register_hook(gradients.append)
+
+    transformer.register_forward_hook(watch)
+    list(train_lora(transformer, inputs.family, source, names, config.train))
+    assert len(gradients) == 3 and not source.encoded_live
+    for gradient in gradients:  # (1, noise and reference tokens, C)
+        shown = gradient[0].abs().amax(dim=1) > 0
+        noise, references = shown[:16].reshape(4, 4), shown[16:]  # 64 pixels are 4 x 4 packed latents
+        assert noise[:, :2].all() and not noise[:, 2:].any()
+        assert len(references) > 0 and not references.any()
+
+
+def test_repeats_of_the_data_set_make_epochs_longer(config: RunConfig) -> None:
+    repeated = check_config(config.model_dump(exclude={"train"}), {"data.repeats": 3, "train.epochs": 2})
+    repeated = _with(repeated, rank=2, batch_size=4)
+    events: list[Event] = []
+    found = carry_out(repeated, *CACHED, "train", listener=events.append)
+    assert found["train"]["steps"] == 2 * 3 * 4 // 4
+    metrics = [event for event in events if event["kind"] == "metric"]
+    assert metrics[-1]["epoch"] == 2.0
+    totals = [event["total"] for event in events if event["kind"] == "progress" and event["stage"] == "train"]
+    assert set(totals) == {6}
+    once = RunInputs(check_config(repeated.model_dump(), {"data.repeats": 1}), repeated.run_dir)
+    identities = [
+        run_identity(one, sorted(s.name for s in one.samples), make_accelerator(device="cpu"))
+        for one in (RunInputs(repeated, repeated.run_dir), once)
+    ]
+    assert identities[0]["model"] == identities[1]["model"] and identities[0]["data"] != identities[1]["data"]
 
 
 def test_tensorboard_gets_the_losses(config: RunConfig) -> None:

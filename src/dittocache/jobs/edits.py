@@ -55,7 +55,7 @@ def make_picture(
     edit: Edit,
     number: int,
     way: Way = PLAIN,
-    prompt_embeds: Mapping[str, torch.Tensor] | None = None,
+    prompt_embeds: Mapping[str, torch.Tensor | None] | None = None,
 ) -> Picture:
     """One edit in one way; its noise depends on its number alone. `prompt_embeds` as for `generate`."""
     settings: GenerateConfig = inputs.config.generate

@@ -19,11 +19,13 @@ import torch
 from dittocache.embeddings.reading.reader import CachedSamples
 from dittocache.events import EventLog, Progress
 from dittocache.jobs.inputs import RunInputs, load_manifest
+from dittocache.jobs.live_encoders import LiveEncoders
+from dittocache.jobs.picture_prompts import picture_prompts
 from dittocache.jobs.ranks import lost_processes
 from dittocache.jobs.run_folder import CHECKPOINTS_NAME, LORA_NAME
 from dittocache.jobs.training_identity import run_identity, sample_repeats
 from dittocache.jobs.training_memory import memory_plan
-from dittocache.jobs.training_pictures import TrainingPictures
+from dittocache.jobs.training_pictures import TrainingPictures, validation_edits
 from dittocache.jobs.training_processes import other_processes
 from dittocache.training.accelerator import make_accelerator
 from dittocache.training.checkpoint import RAW_NAME, checkpoint_step, checkpoints
@@ -76,9 +78,11 @@ def _train(inputs: RunInputs, log: EventLog) -> None:
         log.message(text, level="warning")
 
     identity = run_identity(inputs, names, accelerator)
+    edits = validation_edits(inputs) if config.validate_every and accelerator.is_main_process else []
+    prompts = picture_prompts(inputs, edits, device)
     transformer = load_frozen(inputs.model, inputs.family, config, inputs.dtype, device, warn)
     add_lora(transformer, inputs.family, config)
-    pictures = TrainingPictures(inputs, transformer, accelerator.device) if config.validate_every else None
+    pictures = TrainingPictures(inputs, edits, prompts, transformer, accelerator.device)
     if config.log_with:
         _start_loggers(inputs, accelerator)
     progress = Progress(log, config.steps - done)
@@ -104,7 +108,7 @@ def _train(inputs: RunInputs, log: EventLog) -> None:
             if config.log_with:
                 accelerator.log(_numbers(state), step=state.step)
             progress.advance()
-            if pictures is not None and config.validate_every and state.step % config.validate_every == 0:
+            if config.validate_every and state.step % config.validate_every == 0:
                 if accelerator.is_main_process:
                     with state.to_use():
                         made = pictures.make(state.step)
@@ -154,11 +158,10 @@ def open_source(inputs: RunInputs, log: EventLog, device: str | None = None) -> 
 
 
 def live_source(inputs: RunInputs, device: str | None = None) -> LiveSource:
-    """All encoders in memory, on `device`, by default that of the transformer."""
-    family = inputs.family
-    components = {*family.encoders, *(name for beside in family.encoders.values() for name in beside)}
-    pipe = family.load_pipeline(inputs.model, sorted(components), inputs.dtype, device or inputs.device)
-    return LiveSource(pipe, family, inputs.samples, inputs.sizes, empty_prompts=inputs.config.data.caption_dropout > 0)
+    """Encoders that are loaded when the first sample is encoded, on their devices or that of the transformer."""
+    encoders = LiveEncoders(inputs, device or inputs.device)
+    empty_prompts = inputs.config.data.caption_dropout > 0
+    return LiveSource(encoders, inputs.family, inputs.samples, inputs.sizes, empty_prompts=empty_prompts)
 
 
 def make_room(run_dir: Path) -> None:

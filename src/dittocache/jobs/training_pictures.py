@@ -9,36 +9,41 @@ from typing import Any
 
 import torch
 
-from dittocache.embeddings.reading.reader import CachedSamples
-from dittocache.errors import RecordCorruptError, RecordMissingError
 from dittocache.families.loading import component_names
 from dittocache.jobs.edits import Edit, make_picture
 from dittocache.jobs.generation import chosen_edits
-from dittocache.jobs.inputs import RunInputs, load_manifest, text_encoders
+from dittocache.jobs.inputs import RunInputs, text_encoders
+from dittocache.jobs.picture_prompts import PromptArguments
 from dittocache.jobs.run_folder import SAMPLES_NAME
-
-PROMPT_ARTIFACTS = ("prompt_embeds", "prompt_embeds_mask", "pooled_prompt_embeds")  # named as the pipelines' arguments
 
 
 class TrainingPictures:
     """Makes the same few pictures after any step, with the same noise.
 
-    What else the pipeline needs is loaded at the first of them and waits in the machine's memory between, so that the
-    training has the device to itself. Pictures of cached training samples take their prompts from the cache: without
-    guidance no text encoder is loaded.
+    The VAE is loaded at the first of them and waits in the machine's memory between, so that the training has the
+    device to itself. No text encoder is loaded.
 
     Args:
+        edits: what to make.
+        prompts: of each edit, by its name (`picture_prompts`).
         transformer: the one in training, with its LoRA.
         device: where pictures are made: that of the transformer.
     """
 
-    def __init__(self, inputs: RunInputs, transformer: Any, device: torch.device) -> None:
+    def __init__(
+        self,
+        inputs: RunInputs,
+        edits: Sequence[Edit],
+        prompts: Mapping[str, PromptArguments],
+        transformer: Any,
+        device: torch.device,
+    ) -> None:
         self._inputs = inputs
+        self._edits = edits
+        self._prompts = prompts
         self._transformer = transformer
         self._device = device
         self._pipe: Any = None
-        self._prompts: Mapping[str, Mapping[str, torch.Tensor]] = {}
-        self.edits = validation_edits(inputs)
 
     def make(self, step: int) -> list[dict[str, Any]]:
         """Write the pictures to `RUN/samples/step-N`; return name, caption, source and path of each, for an event."""
@@ -46,21 +51,25 @@ class TrainingPictures:
         (self._inputs.run_dir / folder).mkdir(parents=True, exist_ok=True)
         rows = []
         with self._ready() as pipe:
-            for number, edit in enumerate(self.edits):
-                picture = make_picture(self._inputs, pipe, edit, number, prompt_embeds=self._prompts.get(edit.name))
+            for number, edit in enumerate(self._edits):
+                picture = make_picture(self._inputs, pipe, edit, number, prompt_embeds=self._arguments(edit))
                 file = folder / f"{edit.name.replace('/', '-')}.png"
                 picture.image.save(self._inputs.run_dir / file)
                 source = str(edit.images[0]) if edit.images else None
                 rows.append({"name": edit.name, "caption": edit.prompt, "source": source, "picture": str(file)})
         return rows
 
+    def _arguments(self, edit: Edit) -> PromptArguments:
+        """The edit's prompts, on the device."""
+        arguments = self._prompts[edit.name]
+        return {name: None if one is None else one.to(self._device) for name, one in arguments.items()}
+
     @contextmanager
     def _ready(self) -> Iterator[Any]:
         """The pipeline on the device, the transformer set to sampling; all as before at the end."""
         if self._pipe is None:
             inputs = self._inputs
-            self._prompts = cached_prompts(inputs, self.edits, self._device)
-            left_out = {"transformer", *(text_encoders(inputs.family) if self._prompts else ())}
+            left_out = {"transformer", *text_encoders(inputs.family)}
             components = [name for name in component_names(inputs.model) if name not in left_out]
             self._pipe = inputs.family.load_pipeline(inputs.model, components, inputs.dtype, "cpu")
         parts = [part for part in self._pipe.components.values() if isinstance(part, torch.nn.Module)]
@@ -90,26 +99,3 @@ def validation_edits(inputs: RunInputs) -> Sequence[Edit]:
         name = f"prompt-{number}"
         edits.append(Edit(name, sample.controls, prompt, control_resolution=sample.control_resolution))
     return edits
-
-
-def cached_prompts(
-    inputs: RunInputs, edits: Sequence[Edit], device: torch.device
-) -> dict[str, dict[str, torch.Tensor]]:
-    """By edit, the pipeline's arguments that stand for its prompt; empty where the prompt of any is not in the cache.
-
-    Held-out pictures and prompts of one's own never are; nor, with guidance on, is the negative prompt.
-    """
-    if not inputs.config.cache.use_cache or inputs.config.generate.true_cfg_scale > 1:
-        return {}
-    samples = {(sample.name, sample.controls, sample.prompt) for sample in inputs.samples}
-    if not all((edit.name, edit.images, edit.prompt) in samples for edit in edits):
-        return {}
-    reader = CachedSamples(inputs.store, load_manifest(inputs))
-    try:
-        tensors = {edit.name: reader.load(edit.name) for edit in edits}
-    except (RecordMissingError, RecordCorruptError):
-        return {}
-    return {
-        name: {key: one.unsqueeze(0).to(device) for key, one in artifacts.items() if key in PROMPT_ARTIFACTS}
-        for name, artifacts in tensors.items()
-    }

@@ -49,7 +49,7 @@ def generate(
     sizes: Sizes,
     teacache: TeaCacheConfig | None = None,
     reference_kv: ReferenceKVConfig | None = None,
-    prompt_embeds: Mapping[str, torch.Tensor] | None = None,
+    prompt_embeds: Mapping[str, torch.Tensor | None] | None = None,
     control_resolution: ControlResolution = None,
 ) -> Picture:
     """Make one picture of `prompt`, from reference pictures where the pipeline takes them.
@@ -67,7 +67,7 @@ def generate(
         teacache: settings of the step cache; None: off.
         reference_kv: settings of the reference KV cache; None: off.
         prompt_embeds: arguments of the pipeline that stand for the prompt, each with a batch axis of one; the
-            pipeline then needs no text encoder where guidance is off.
+            pipeline then needs no text encoder where guidance is off, or the negative prompt's are among them.
         control_resolution: to what size references are brought, as in training (`Sample.control_resolution`).
 
     Raises ConfigError for references, sizes or guidance that the pipeline does not take, DataError naming a file that

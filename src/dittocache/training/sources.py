@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -87,6 +87,8 @@ class LiveSource:
     """Encodes each sample whenever it is asked for, with the encoders of `pipe`: no cache, more memory and time.
 
     Args:
+        pipe: a pipeline with all encoders, or by encoder a pipeline with that one, which may have its own device and
+            may be loaded when first asked for.
         empty_prompts: False where captions are never dropped: the empty prompts are then not encoded, as a trainer
             without a cache would not, which matters when cached and live steps are timed against each other.
     """
@@ -106,7 +108,7 @@ class LiveSource:
         tensors: list[Tensors] = [{} for _ in samples]
         wanted = None if self._empty_prompts else [self._without_empty_prompts(sample) for sample in samples]
         for encoder in (*self._family.encoders, None):
-            parts = self._family.encode(self._pipe, encoder, samples, self._sizes, wanted=wanted)
+            parts = self._family.encode(self._pipe_of(encoder), encoder, samples, self._sizes, wanted=wanted)
             for merged, part in zip(tensors, parts, strict=True):
                 merged |= part
         return tensors
@@ -118,8 +120,13 @@ class LiveSource:
 
     def bucket(self, name: str) -> Bucket:
         """`img_shapes`, from the pictures' headers."""
-        [tensors] = self._family.encode(self._pipe, None, [self._sample(name)], self._sizes)
+        [tensors] = self._family.encode(self._pipe_of(None), None, [self._sample(name)], self._sizes)
         return _rows(tensors["img_shapes"])
+
+    def _pipe_of(self, encoder: str | None) -> Any:
+        if not isinstance(self._pipe, Mapping):
+            return self._pipe
+        return None if encoder is None else self._pipe[encoder]
 
     def _without_empty_prompts(self, sample: Sample) -> set[str]:
         names = {artifact.name for artifact in self._family.artifacts(sample, self._sizes)}
