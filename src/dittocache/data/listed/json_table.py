@@ -7,7 +7,7 @@ Read are the keys of musubi-tuner (`image_path, caption, control_path, control_p
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dittocache.data.listed.table import Row, Table, read_text
@@ -18,18 +18,7 @@ def read_jsonl(path: Path, problems: list[str]) -> Table | None:
     text = read_text(path, problems)
     if text is None:
         return None
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"line {number}"
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            problems.append(f"{path}, {where}: no JSON ({_reason(error, lines=False)})")
-            continue
-        rows.append((where, found))
-    return _table(path, rows, problems)
+    return _table(path, _lines(path, text, problems), problems)
 
 
 def read_json(path: Path, problems: list[str]) -> Table | None:
@@ -46,6 +35,20 @@ def read_json(path: Path, problems: list[str]) -> Table | None:
         problems.append(f"{path} holds {_kind(found)}; expected a list of objects, one for each sample")
         return None
     return _table(path, ((f"entry {number}", one) for number, one in enumerate(found, start=1)), problems)
+
+
+def _lines(path: Path, text: str, problems: list[str]) -> Iterator[tuple[str, object]]:
+    """What each line that is not blank holds, with its place."""
+    for number, line in enumerate(text.split("\n"), start=1):  # other separators are part of captions
+        if not line.strip():
+            continue
+        where = f"line {number}"
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{path}, {where}: no JSON ({_reason(error, lines=False)})")
+            continue
+        yield where, found
 
 
 def _table(path: Path, found: Iterable[tuple[str, object]], problems: list[str]) -> Table:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -47,7 +48,8 @@ class PictureStore:
             temporary.write_bytes(content)
             os.replace(temporary, file)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise StoreUnavailableError(
                 f"pictures of the data set cannot be kept in {self.folder} ({error.strerror or error}); free space "
                 "there or choose another cache_dir"
