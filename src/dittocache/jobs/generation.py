@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from dittocache.jobs.edits import PLAIN, Edit, Way, make_picture
 from dittocache.jobs.inputs import RunInputs
 from dittocache.jobs.run_folder import LORA_NAME, SAMPLES_NAME
 from dittocache.quality.metrics import capped, psnr
+from dittocache.referencekv.isolation import isolate_references
 from dittocache.sampling.generate import Picture, steps_of
 from dittocache.sampling.trace import Trace
+from dittocache.training.lora import read_reference_visibility
 
 SHOWN_OF_DATA = 4  # samples of the training set that are edited where there is no held-out set
 COMPARED = 3  # edits that are made in every way
@@ -42,7 +44,7 @@ def generate_edits(inputs: RunInputs, log: EventLog) -> None:
     pictures: dict[str, dict[str, Any]] = {}
     for kind in ("base", "lora") if has_lora else ("base",):
         if kind == "lora":
-            pipe.load_lora_weights(str(inputs.run_dir / LORA_NAME))
+            use_lora(pipe, inputs.run_dir / LORA_NAME)
         for number, edit in enumerate(edits):
             picture = maker.make(edit, number, PLAIN)
             pictures.setdefault(edit.name, {})[kind] = maker.save(picture.image, f"{edit.name}-{kind}")
@@ -50,6 +52,13 @@ def generate_edits(inputs: RunInputs, log: EventLog) -> None:
     log.emit("result", edits=rows, held_out=bool(inputs.held_out), **_gain(rows, inputs.run_dir))
     if compared:
         log.emit("result", compared=_compared(inputs, maker, compared))
+
+
+def use_lora(pipe: Any, folder: Path) -> None:
+    """Load the LoRA, and isolate references where it was trained with that."""
+    pipe.load_lora_weights(str(folder))
+    if read_reference_visibility(folder) == "isolated":
+        isolate_references(pipe)
 
 
 def chosen_edits(inputs: RunInputs) -> list[Edit]:
@@ -61,9 +70,9 @@ def chosen_edits(inputs: RunInputs) -> list[Edit]:
         needs_image = bool(inputs.samples and inputs.samples[0].controls)
         if needs_image and not settings.image:
             raise ConfigError("generate.prompt is given without generate.image; name the picture to edit")
-        return [Edit("edit", tuple(settings.image), settings.prompt)]
-    samples = inputs.held_out or inputs.samples[:SHOWN_OF_DATA]
-    return [_edit(sample) for sample in samples]
+        as_trained = inputs.samples[0].control_resolution if inputs.samples else None
+        return [Edit("edit", tuple(settings.image), settings.prompt, control_resolution=as_trained)]
+    return [_edit(sample) for sample in inputs.held_out or _first_of_each(inputs.samples)]
 
 
 def cached_ways(inputs: RunInputs) -> list[Way]:
@@ -181,6 +190,16 @@ def _patterns(trace: Trace) -> dict[str, list[str]]:
         computed = "refreshed" if step.references == "computed" else "computed"
         patterns.setdefault(step.branch, []).append("skipped" if step.decision == "skipped" else computed)
     return patterns
+
+
+def _first_of_each(samples: Iterable[Sample]) -> list[Sample]:
+    """Some samples of different targets: not one beside its mirrored twin or its other resolutions."""
+    chosen: dict[Path, Sample] = {}
+    for sample in samples:
+        chosen.setdefault(sample.target, sample)
+        if len(chosen) == SHOWN_OF_DATA:
+            break
+    return list(chosen.values())
 
 
 def _edit(sample: Sample) -> Edit:
