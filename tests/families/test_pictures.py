@@ -10,7 +10,7 @@ from PIL import Image
 
 from dittocache.data.pictures import picture_size
 from dittocache.errors import DataError
-from dittocache.families.pictures import open_picture
+from dittocache.families.pictures import PictureRequest, open_picture, requested_size, resized_picture
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -49,3 +49,40 @@ def test_a_truncated_picture_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(DataError, match=r"cut\.png cannot be read"):
         open_picture(path)
+
+
+def test_a_flipped_picture_is_mirrored_upright(tmp_path: Path) -> None:
+    path = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.linear_gradient("L").resize((64, 32)).convert("RGB").save(path, exif=exif)
+    upright = open_picture(path)
+    flipped = resized_picture(PictureRequest(path, size=upright.size, flipped=True))
+    assert flipped.transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes() == upright.tobytes() != flipped.tobytes()
+
+
+@pytest.mark.parametrize("size", [(300, 100), (100, 300)], ids=["wide", "tall"])
+def test_a_cropped_picture_is_cut_at_the_centre_and_not_stretched(tmp_path: Path, size: tuple[int, int]) -> None:
+    path = tmp_path / "picture.png"
+    picture = Image.new("RGB", size, (255, 0, 0))
+    left, top = (size[0] - 100) // 2, (size[1] - 100) // 2
+    picture.paste((0, 0, 255), (left, top, left + 100, top + 100))
+    picture.save(path)
+    cut = resized_picture(PictureRequest(path, size=(64, 64), cropped=True))
+    inner = cut.crop((4, 4, 60, 60))  # resampling blends the very edge
+    assert inner.getcolors() == [(56 * 56, (0, 0, 255))]
+    stretched = resized_picture(PictureRequest(path, size=(64, 64)))
+    assert len(stretched.getcolors(10_000) or []) > 1
+
+
+def test_without_a_size_a_picture_keeps_its_own_as_far_as_the_multiple_lets_it(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    for size, multiple, expected in (
+        ((100, 70), 32, (96, 64)),
+        ((100, 70), 16, (96, 64)),
+        ((320, 64), 32, (320, 64)),
+        ((3, 200), 32, (32, 192)),
+    ):
+        Image.new("RGB", size).save(path)
+        request = PictureRequest(path, multiple=multiple)
+        assert resized_picture(request).size == requested_size(request, picture_size) == expected

@@ -28,10 +28,13 @@ def test_a_misspelt_name_gets_the_nearest_one() -> None:
 @pytest.mark.parametrize(
     ("tiny", "options", "expected"),
     [
+        ("qwen-image", {}, "qwen-image"),
+        ("qwen-image-edit", {}, "qwen-image-edit"),
         ("qwen-image-edit-plus", {}, "qwen-image-edit-plus"),
         ("qwen-image-edit-plus", {"zero_cond_t": True}, "qwen-image-edit-plus"),
         ("flux", {}, "flux"),
         ("flux", {"guidance": False}, "flux-schnell"),
+        ("flux-kontext", {}, "flux-kontext"),
     ],
 )
 def test_a_checkpoint_tells_its_family(tiny: str, options: dict[str, Any], expected: str, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from dittocache.families.base import Sizes
 from dittocache.families.registry import get_family
 
 SIZES = Sizes(128, 64)
-FAMILIES = {"qwen-image-edit-plus": 2, "flux": 0, "flux-kontext": 1}
+FAMILIES = {"qwen-image": 0, "qwen-image-edit": 1, "qwen-image-edit-plus": 2, "flux": 0, "flux-kontext": 1}
 PROMPTS = ["another", "paint the house red", "a much longer prompt, with many words, 写真 and an emoji 🎨, " * 4]
 
 
