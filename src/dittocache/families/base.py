@@ -74,7 +74,8 @@ class TrainingInputs:
     Attributes:
         transformer_kwargs: keyword arguments of the transformer's forward, `timestep` included.
         target: flow-matching target, velocity noise - latents, `(B, N, C)`.
-        select: takes the transformer's output `(B, N + R, C)` to the predicted velocity `(B, N, C)`.
+        select: takes the transformer's output, `(B, N + R, C)` or where references are isolated `(B, N, C)`, to the
+            predicted velocity `(B, N, C)`.
     """
 
     transformer_kwargs: dict[str, Any]
@@ -288,6 +289,10 @@ class TransformerAdapter(Protocol):
 
     def reference_only_block(self, block_kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
         """The same, cut to the references, with no text; `hidden_states` and `temb` are left as they are."""
+        ...
+
+    def image_embedder(self, module: nn.Module) -> nn.Module:
+        """The module that takes image tokens `(B, tokens, C)` to `(B, tokens, D)`."""
         ...
 
     def timestep_embedder(self, module: nn.Module) -> nn.Module:

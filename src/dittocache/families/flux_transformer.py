@@ -88,6 +88,10 @@ class FluxTransformerAdapter:
         freqs = _frequencies(block_kwargs, start, start + layout.reference)
         return {**block_kwargs, "encoder_hidden_states": text[:, :0], "image_rotary_emb": freqs}
 
+    def image_embedder(self, module: nn.Module) -> nn.Module:
+        """`x_embedder`."""
+        return cast(nn.Module, module.x_embedder)
+
     def timestep_embedder(self, module: nn.Module) -> nn.Module:
         """`time_text_embed`."""
         return cast(nn.Module, module.time_text_embed)

@@ -100,6 +100,10 @@ class QwenImageTransformerAdapter:
             "modulate_index": None,
         }
 
+    def image_embedder(self, module: nn.Module) -> nn.Module:
+        """`img_in`."""
+        return cast(nn.Module, module.img_in)
+
     def timestep_embedder(self, module: nn.Module) -> nn.Module:
         """`time_text_embed`."""
         return cast(nn.Module, module.time_text_embed)

@@ -1,9 +1,9 @@
 """References that see references only and are modulated at t = 0: their keys and values never change during a run.
 
 Every block is called twice: with the reference tokens alone, then with text and noise tokens, which attend to
-everything. So the references' K and V depend on the reference pictures and nothing else, and a step that takes them
-from a cache runs exactly the calls that it runs without one: on any device the outcome is the same bit for bit.
-A model must be fine-tuned with this (`train.reference_visibility: isolated`); an untrained one turns to noise.
+everything; the tokens are embedded by two calls too. So the references' K and V depend on the reference pictures and
+nothing else, and a step that takes them from a cache makes exactly the calls that it makes without one: the outcome is
+the same bit for bit. A model must be fine-tuned with this (`train.reference_visibility: isolated`).
 
 Shapes: B batch, T text tokens, N noise tokens, R reference tokens, D width, H heads, d head width, C output channels.
 """
@@ -59,10 +59,9 @@ class ReferencePass:
 
 @dataclass
 class _Keys:
-    """K and V of one block's references; None until their own call has run."""
+    """K and V of one block's references, each `(B, R, H, d)`; None until their own call has run."""
 
-    key: torch.Tensor | None = None
-    value: torch.Tensor | None = None
+    tensors: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class IsolatedAttention(AttentionStandIn):
@@ -84,11 +83,10 @@ class IsolatedAttention(AttentionStandIn):
         key, value = joint.key, joint.value
         if reference_keys is None:
             raise ReferenceCacheError(_OUTSIDE)
-        if reference_keys.key is None or reference_keys.value is None:
-            reference_keys.key, reference_keys.value = key, value
+        if reference_keys.tensors is None:
+            reference_keys.tensors = key, value
         else:
-            key = torch.cat([key, reference_keys.key], dim=1)
-            value = torch.cat([value, reference_keys.value], dim=1)
+            key, value = (torch.cat(pair, dim=1) for pair in zip((key, value), reference_keys.tensors, strict=True))
         mask = key_mask(attention_mask, encoder_hidden_states_mask, key.shape[1])
         return self._attend(attn, joint, key, value, mask)
 
@@ -99,9 +97,10 @@ class IsolatedBlock(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
     The last block returns noise tokens only: nothing reads what becomes of the references behind it.
     """
 
-    def __init__(self, adapter: TransformerAdapter, index: int, last: bool) -> None:
+    def __init__(self, adapter: TransformerAdapter, attention: Any, index: int, last: bool) -> None:
         super().__init__()
         self._adapter = adapter
+        self._attention = attention
         self._index = index
         self._last = last
 
@@ -112,22 +111,22 @@ class IsolatedBlock(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
         passing: ReferencePass | None = attention_kwargs.pop(PASSING, None)
         if passing is None:
             raise ReferenceCacheError(_OUTSIDE)
+        if not isinstance(self._attention.processor, IsolatedAttention):
+            raise ReferenceCacheError(
+                f"block {self._index} attends with {type(self._attention.processor).__name__}, which was set after its "
+                "references were isolated; end the isolation, set it, and isolate them anew"
+            )
         noise = passing.layout.noise
         if passing.take is not None:
-            keys, references = _Keys(*passing.take(self._index)), None
+            keys, references = _Keys(passing.take(self._index)), None
         else:
             keys = _Keys()
             halved = self._adapter.reference_only_block(block_kwargs, passing.layout)
             halved["hidden_states"] = halved["hidden_states"][:, noise:]
             halved |= {"temb": passing.temb, "joint_attention_kwargs": {**attention_kwargs, KEPT: keys}}
             _, references = self.fn_ref.original_forward(**halved)  # (B, R, D)
-            if keys.key is None or keys.value is None:
-                raise ReferenceCacheError(
-                    f"block {self._index} attends with another processor than {FEATURE} has set; end the isolation "
-                    "before set_attn_processor or fuse_qkv_projections, and begin it anew after"
-                )
-            if passing.keep is not None:
-                passing.keep(self._index, keys.key, keys.value)
+            if passing.keep is not None and keys.tensors is not None:
+                passing.keep(self._index, *keys.tensors)
         halved = self._adapter.noise_only_block(block_kwargs, passing.layout)
         halved["hidden_states"] = halved["hidden_states"][:, :noise]
         halved["joint_attention_kwargs"] = {**attention_kwargs, KEPT: keys}
@@ -135,6 +134,20 @@ class IsolatedBlock(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
         if references is not None and not self._last:
             image = torch.cat([image, references], dim=1)
         return text, image
+
+
+class SplitEmbedding(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
+    """Embeds noise and references apart: a matrix product of fewer rows may round otherwise."""
+
+    def __init__(self, noise_tokens: Callable[[], int]) -> None:
+        super().__init__()
+        self._noise_tokens = noise_tokens
+
+    def new_forward(self, embedder: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Called by diffusers in place of the embedder's forward; `(B, tokens, C)` to `(B, tokens, D)`."""
+        noise = self._noise_tokens()
+        halves = (hidden_states[:, :noise], hidden_states[:, noise:])
+        return torch.cat([self.fn_ref.original_forward(half) for half in halves if half.shape[1]], dim=1)
 
 
 class Isolation:
@@ -147,6 +160,7 @@ class Isolation:
         self._passing: ReferencePass | None = None
         self._attention: list[tuple[Any, IsolatedAttention]] = []
         self._zero_cond_t = [part for part in (module, *self._blocks) if getattr(part, "zero_cond_t", False)]
+        self._hooked: list[nn.Module] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._apply()
 
@@ -165,12 +179,11 @@ class Isolation:
         for attention, stand_in in self._attention:
             if attention.processor is stand_in:  # else someone has set another since: theirs stays
                 attention.set_processor(stand_in.stock)
-        for block in self._blocks:
-            if installed_hook(block, ISOLATION_HOOK) is not None:
-                remove_hook(block, ISOLATION_HOOK)
+        for part in self._hooked:
+            remove_hook(part, ISOLATION_HOOK)
         for part in self._zero_cond_t:
             part.zero_cond_t = True
-        self._handles, self._attention, self._zero_cond_t, self._passing = [], [], [], None
+        self._handles, self._attention, self._hooked, self._zero_cond_t, self._passing = [], [], [], [], None
 
     def _apply(self) -> None:
         for part in self._zero_cond_t:  # references have a call of their own, at t = 0
@@ -180,14 +193,24 @@ class Isolation:
             attention.set_processor(stand_in)  # type: ignore[operator]
             self._attention.append((attention, stand_in))
         for index, block in enumerate(self._blocks):
-            hook = IsolatedBlock(self._adapter, index, last=index == len(self._blocks) - 1)
-            HookRegistry.check_if_exists_or_initialize(block).register_hook(hook, ISOLATION_HOOK)
+            hook = IsolatedBlock(self._adapter, self._attention[index][0], index, index == len(self._blocks) - 1)
+            self._hook(block, hook)
+        self._hook(self._adapter.image_embedder(self._module), SplitEmbedding(self._noise_tokens))
         embedder = self._adapter.timestep_embedder(self._module)
         self._handles = [
             # Before all hooks of diffusers, those of the caches too: they are given the pass among the arguments.
             self._module.register_forward_pre_hook(self._begin, with_kwargs=True),
             embedder.register_forward_hook(self._embed),
         ]
+
+    def _hook(self, part: nn.Module, hook: ModelHook) -> None:
+        HookRegistry.check_if_exists_or_initialize(part).register_hook(hook, ISOLATION_HOOK)
+        self._hooked.append(part)
+
+    def _noise_tokens(self) -> int:
+        if self._passing is None:
+            raise ReferenceCacheError(_OUTSIDE)
+        return self._passing.layout.noise
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], Any]:
         forward_kwargs = bind_forward(module, args, kwargs)
