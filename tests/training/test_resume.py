@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from tests.training.conftest import MemoryReader
 from tests.training.processes import environment
 
 from dittocache.demo.tiny import tiny_pipeline
-from dittocache.errors import ConfigError, ModelError
+from dittocache.errors import ConfigError, ModelError, StageError
 from dittocache.families.base import Family
 from dittocache.training.accelerator import make_accelerator
 from dittocache.training.checkpoint import (
@@ -194,12 +195,67 @@ def test_a_save_that_is_cut_short_leaves_the_former_checkpoint(
         os.rename(source, target)
 
     monkeypatch.setattr("dittocache.training.checkpoint.os.replace", replace)
-    with pytest.raises(OSError, match="power cut"):
+    with pytest.raises(
+        StageError, match=r"step 4 cannot be written .*: power cut; the newest one there is step-00000002"
+    ):
         _run(family, reader, config, checkpoint_dir=tmp_path)
     monkeypatch.undo()
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002"]
+    assert [path.name for path in tmp_path.glob("*step-*")] == ["step-00000002"]  # nothing half written keeps its room
     rest, _ = _run(family, reader, config, checkpoint_dir=tmp_path, resume=True)
     assert _numbers(rest) == _numbers(_run(family, reader, config)[0])[2:]
+
+
+def test_a_full_disk_costs_only_the_steps_since_the_last_checkpoint(
+    family: Family, reader: MemoryReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig.model_validate({**SETTINGS, "checkpoint_every": 2})
+    whole, expected = _run(family, reader, config)
+    write, written = Path.write_text, []
+
+    def full(path: Path, *content: Any, **options: Any) -> int:
+        written.append(path)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, *content, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(StageError, match="No space left on device.*Make room"):
+        _run(family, reader, config, checkpoint_dir=tmp_path)
+    monkeypatch.undo()
+    rest, weights = _run(family, reader, config, checkpoint_dir=tmp_path, resume=True)
+    assert _numbers(rest) == _numbers(whole)[2:]
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("state.json", "cut"),
+        ("state.json", "gone"),
+        ("training_state.safetensors", "cut"),
+        (WEIGHT_NAME, "emptied"),
+        (f"raw/{WEIGHT_NAME}", "gone"),
+    ],
+)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
+    family: Family, reader: MemoryReader, tmp_path: Path, file: str, damage: str
+) -> None:
+    config = TrainConfig.model_validate({**SETTINGS, "checkpoint_every": 2, "ema_decay": 0.9, "keep_checkpoints": 2})
+    asked = iter([False] * 3 + [True])
+    whole, _ = _run(family, reader, config, checkpoint_dir=tmp_path, should_stop=lambda: next(asked))
+    broken = tmp_path / "step-00000004" / file
+    content = broken.read_bytes()
+    broken.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
+    if damage == "gone":
+        broken.unlink()
+    notices: list[str] = []
+    rest, _ = _run(family, reader, config, checkpoint_dir=tmp_path, resume=True, notice=notices.append)
+    assert [state.step for state in rest] == [3, 4, 5]
+    assert _numbers(rest)[:2] == _numbers(whole)[2:]
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000004", "step-00000005"]
+    if (file, damage) != ("state.json", "gone"):  # such a one never counted
+        assert len(notices) == 1 and "step-00000004 cannot be read" in notices[0]
+        assert (tmp_path / "damaged-step-00000004").is_dir()
 
 
 def test_the_average_is_what_loads_and_the_raw_weights_are_what_goes_on(

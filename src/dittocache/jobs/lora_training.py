@@ -28,7 +28,7 @@ from dittocache.jobs.training_memory import memory_plan
 from dittocache.jobs.training_pictures import TrainingPictures, validation_edits
 from dittocache.jobs.training_processes import other_processes
 from dittocache.training.accelerator import make_accelerator
-from dittocache.training.checkpoint import RAW_NAME, checkpoint_step, checkpoints
+from dittocache.training.checkpoint import RAW_NAME, checkpoint_step, checkpoints, set_aside_damaged
 from dittocache.training.frozen_base import load_frozen
 from dittocache.training.interrupt import stop_on_signals
 from dittocache.training.loop import TrainState, train_lora
@@ -57,10 +57,12 @@ def _train(inputs: RunInputs, log: EventLog) -> None:
     config = inputs.config.train
     accelerator = make_accelerator(config, inputs.device, inputs.run_dir / LOGS_NAME)
     device = str(accelerator.device)
+    folder = inputs.run_dir / CHECKPOINTS_NAME
     if accelerator.is_main_process:
         make_room(inputs.run_dir)
+        for line in set_aside_damaged(folder):
+            log.message(line, level="warning")
     accelerator.wait_for_everyone()
-    folder = inputs.run_dir / CHECKPOINTS_NAME
     saved = checkpoints(folder)
     done = checkpoint_step(saved[-1]) if saved else 0
     names, source = open_source(inputs, log, device)

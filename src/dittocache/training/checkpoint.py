@@ -22,14 +22,15 @@ from typing import Any
 
 import torch
 
-from dittocache.errors import ConfigError, ModelError
+from dittocache.errors import ConfigError, ModelError, StageError
 from dittocache.families.base import Family
-from dittocache.training.lora import restore_lora, save_lora
+from dittocache.training.lora import WEIGHT_NAME, restore_lora, save_lora
 
 TENSORS_NAME = "training_state.safetensors"
 STATE_NAME = "state.json"
 RAW_NAME = "raw"
 PREFIX = "step-"
+DAMAGED_PREFIX = "damaged-"  # before the name of one that cannot be read: it counts for nothing, and is left to look at
 TENSOR_MARK = "__tensor__"  # in state.json: the name of a tensor that stood here
 
 
@@ -77,6 +78,19 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(f"{PREFIX}*") if (path / STATE_NAME).is_file())
 
 
+def set_aside_damaged(folder: Path) -> list[str]:
+    """Rename checkpoints that cannot be read, so that the run goes on from the newest one that can; say which, why."""
+    told = []
+    for checkpoint in checkpoints(folder):
+        reason = _damage(checkpoint)
+        if reason is not None:
+            aside = checkpoint.with_name(f"{DAMAGED_PREFIX}{checkpoint.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.rename(aside)
+            told.append(f"checkpoint {checkpoint.name} cannot be read ({reason}); it is now {aside}")
+    return told
+
+
 def checkpoint_step(checkpoint: Path) -> int:
     """The number of steps that were taken when it was written."""
     return int(checkpoint.name.removeprefix(PREFIX))
@@ -88,37 +102,55 @@ def save_checkpoint(
     """Write the state after `step` optimizer steps, remove all but the newest `keep`; return the checkpoint's folder.
 
     A checkpoint of this step that is there already is replaced. Raises ConfigError where the optimizer keeps a state
-    that cannot be saved.
+    that cannot be saved, StageError where the files cannot be written: the checkpoints before stay as they are.
     """
-    from safetensors.torch import save_file
+    from safetensors import SafetensorError
 
     final = folder / f"{PREFIX}{step:08d}"
     temporary = folder / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    metadata = {**settings, "step": step}
-    tensors: dict[str, torch.Tensor] = {}
-    state: dict[str, Any] = {"step": step, "settings": dict(settings), "parameters": list(trained.parameters)}
-    if trained.average is not None:
-        save_lora(trained.transformer, trained.family, temporary / RAW_NAME, metadata)
-        average = trained.average.state_dict()
-        state["average"] = _without_tensors(average, "average", tensors)
-    with averaged(trained):
-        save_lora(trained.transformer, trained.family, temporary, metadata)
-    state["optimizer"] = _without_tensors(trained.optimizer.state_dict(), "optimizer", tensors)
-    if trained.scaler is not None:
-        state["scaler"] = trained.scaler.state_dict()
-    save_file(tensors, temporary / TENSORS_NAME)
-    (temporary / STATE_NAME).write_text(json.dumps(state, indent=2, sort_keys=True))
-    for name in (TENSORS_NAME, STATE_NAME):
-        _flush(temporary / name)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    _flush(folder)
+    try:
+        for left in folder.glob(f".{PREFIX}*"):  # by a process that was killed in the middle
+            shutil.rmtree(left, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _write(temporary, step, trained, settings)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        earlier = checkpoints(folder)
+        newest = f"the newest one there is {earlier[-1].name}" if earlier else "there is none yet"
+        raise StageError(
+            f"the checkpoint of step {step} cannot be written to {folder}: {error}; {newest}. Make room or mend the "
+            "folder, then run the same command: it goes on from there"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     if keep is not None:
         for old in checkpoints(folder)[:-keep]:
             _remove(old)
     return final
+
+
+def _write(folder: Path, step: int, trained: Trained, settings: Mapping[str, Any]) -> None:
+    """All files of a checkpoint, flushed."""
+    from safetensors.torch import save_file
+
+    metadata = {**settings, "step": step}
+    tensors: dict[str, torch.Tensor] = {}
+    state: dict[str, Any] = {"step": step, "settings": dict(settings), "parameters": list(trained.parameters)}
+    if trained.average is not None:
+        save_lora(trained.transformer, trained.family, folder / RAW_NAME, metadata)
+        average = trained.average.state_dict()
+        state["average"] = _without_tensors(average, "average", tensors)
+    with averaged(trained):
+        save_lora(trained.transformer, trained.family, folder, metadata)
+    state["optimizer"] = _without_tensors(trained.optimizer.state_dict(), "optimizer", tensors)
+    if trained.scaler is not None:
+        state["scaler"] = trained.scaler.state_dict()
+    save_file(tensors, folder / TENSORS_NAME)
+    (folder / STATE_NAME).write_text(json.dumps(state, indent=2, sort_keys=True))
+    for name in (TENSORS_NAME, STATE_NAME):
+        _flush(folder / name)
 
 
 def load_checkpoint(checkpoint: Path, trained: Trained) -> int:
@@ -178,6 +210,23 @@ def _with_tensors(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
             return tensors[value[TENSOR_MARK]]
         return {key: _with_tensors(inner, tensors) for key, inner in value.items()}
     return [_with_tensors(inner, tensors) for inner in value] if isinstance(value, list) else value
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """Why it cannot be loaded; None where its files are whole, by their headers and lengths."""
+    from safetensors import SafetensorError, safe_open
+
+    raw = [checkpoint / RAW_NAME / WEIGHT_NAME] if (checkpoint / RAW_NAME).exists() else []
+    try:
+        state = json.loads((checkpoint / STATE_NAME).read_text())
+        if not isinstance(state, dict) or not {"step", "settings", "parameters", "optimizer"} <= state.keys():
+            return f"{STATE_NAME} is not a training's state"
+        for file in (checkpoint / WEIGHT_NAME, checkpoint / TENSORS_NAME, *raw):
+            with safe_open(file, framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError) as error:
+        return str(error)
+    return None
 
 
 def _remove(checkpoint: Path) -> None:

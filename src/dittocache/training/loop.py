@@ -22,6 +22,7 @@ from dittocache.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
     saved_settings,
+    set_aside_damaged,
 )
 from dittocache.training.config import TrainConfig
 from dittocache.training.continuation import check_continuation, run_settings
@@ -113,6 +114,10 @@ def train_lora(
     trained = _trained(transformer, family, config, accelerator)
     rank, world = accelerator.process_index, accelerator.num_processes
     settings = run_settings(config, family, names, caption_dropout, world, identity or {}, repeats)
+    if checkpoint_dir is not None and resume and accelerator.is_main_process:
+        for line in set_aside_damaged(checkpoint_dir):
+            notice(line)
+    accelerator.wait_for_everyone()
     done = _resumed(checkpoint_dir, resume, trained, settings, notice)
     restore_arguments(trained.optimizer, config)
     rate_at = learning_rate_schedule(config)
