@@ -64,6 +64,9 @@ class TrainConfig(Settings):
     """Layers that get a LoRA: ends of their names, `[to_q, to_k, to_v, to_out.0]`, or one regular expression for the
     whole name; the family's own when left out."""
 
+    lora_init: Literal["uniform", "gaussian"] = "uniform"
+    """How the LoRA's first factors are drawn; the second are zero in either case."""
+
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the LoRA's inputs that is set to zero in each step."""
 

@@ -49,7 +49,7 @@ def add_lora(transformer: Any, family: Family, config: TrainConfig) -> list[torc
         r=config.rank,
         lora_alpha=config.alpha if config.alpha is not None else config.rank,
         lora_dropout=config.lora_dropout,
-        init_lora_weights=True,
+        init_lora_weights=True if config.lora_init == "uniform" else config.lora_init,
         target_modules=target_pattern(targets),
     )
     with torch.random.fork_rng():
