@@ -122,7 +122,8 @@ def context_of(samples: FileSamples, maker: KeyMaker) -> str:
         "dittocache": version("dittocache"),
         "schema": SCHEMA,
         "family": maker.family.name,
-        "code": None if code is None else hash_file(Path(code)),
+        # Families share code with their neighbours.
+        "code": {} if code is None else {file.name: hash_file(file) for file in Path(code).parent.glob("*.py")},
         "encoders": dict(maker.identities),
         "libraries": {name: recipe.library_version(name) for name in ("diffusers", "transformers")},
         "sizes": asdict(maker.sizes),
