@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -107,9 +108,14 @@ def _encode(place: Workplace, store: Store, device: str) -> tuple[Plan, dict[str
 def train_row(place: Workplace, row: Row, device: str) -> dict[str, Any]:
     """The findings of a row: seconds a step, samples a second, peak memory, losses; or where memory ran out."""
     doing = ["loading"]
+
+    def say(words: str) -> None:
+        doing.append(words)
+        print(f"  {words}", file=sys.stderr, flush=True)
+
     with _deterministic(row.deterministic):
         try:
-            return _train(place, row, device, doing.append)
+            return _train(place, row, device, say)
         except Exception as error:
             if not ran_out_of_memory(error):
                 raise
@@ -120,20 +126,23 @@ def _train(place: Workplace, row: Row, device: str, say: Callable[[str], None]) 
     family, config = place.family, _settings(row)
     manifest = Manifest.load(place.folder / MANIFEST)
     names, reader = list(manifest.samples), CachedSamples(place.store, manifest)
-    say("loading the encoders")
+    started = time.perf_counter()
+    say("opening the source")
     source = _source(place, family, row.way, manifest, device)
     say("loading the transformer")
     transformer = load_frozen(str(place.model), family, config, place.dtype, device)
     add_lora(transformer, family, config)
     synchronize(device)
-    loaded = _allocated(device)
+    loaded, loading_seconds = _allocated(device), time.perf_counter() - started
     accelerator = make_accelerator(config, device)
     states: list[TrainState] = []
+    say("step 1")
     for state in train_lora(transformer, family, source, names, config, accelerator):
         states.append(state)
-        say(f"step {state.step + 1}")
-        words = f"  step {state.step}: {state.step_seconds:.2f} s, of it {state.load_seconds:.2f} s loading"
+        words = f"  {state.step_seconds:.2f} s, of it {state.load_seconds:.2f} s waiting for embeddings"
         print(f"{words}, loss {state.loss:.6f}", file=sys.stderr, flush=True)
+        if state.step < row.steps:
+            say(f"step {state.step + 1}")
     timed = states[WARM_UP_STEPS:] or states
     seconds = fmean(state.step_seconds for state in timed)
     findings: dict[str, Any] = {
@@ -142,6 +151,7 @@ def _train(place: Workplace, row: Row, device: str, say: Callable[[str], None]) 
         "load_share": fmean(state.load_seconds for state in timed) / seconds,
         "peak_bytes": peak_bytes(),
         "loaded_bytes": loaded,
+        "loading_seconds": loading_seconds,
         "losses": [state.loss for state in states],
         "memory_plan": _memory_plan(place, family, config, reader, names[0]),
         "text_tokens": len(reader.artifact(names[0], "prompt_embeds")),
