@@ -1,6 +1,7 @@
 """Rows of Hugging Face data sets, a few at a time, so that memory does not grow with the set.
 
-Parquet is read as it lies (the package datasets would first write all of it again), folders of `save_to_disk` through
+What is held at once is a page of parquet: 100 rows as datasets writes it, 1,024 as pyarrow does by default. Parquet is
+read as it lies (the package datasets would first write all of it again), folders of `save_to_disk` through
 datasets itself. Pictures come as their bytes: nothing is decoded.
 """
 

@@ -126,7 +126,7 @@ class _Reading:
                 yield number, cells
         except (OSError, ValueError, TypeError, NotImplementedError) as error:  # as pyarrow raises them
             where = f"{source.path}, {part.name}" if part.name else str(source.path)
-            self._problems.append(f"{where}: damaged after row {number} ({first_line(error)}); fetch it again")
+            self._problems.append(f"{where}: damaged from row {number + 1} on ({first_line(error)}); fetch it again")
 
     def _file(self, cell: Any) -> Any:
         """What stands in a cell, with each picture's bytes replaced by the path of the file that keeps them."""
