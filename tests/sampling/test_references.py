@@ -18,7 +18,7 @@ from dittocache.families.registry import get_family
 from dittocache.sampling.config import GenerateConfig
 from dittocache.sampling.generate import generate
 
-CONFIG = GenerateConfig(num_inference_steps=1)
+CONFIG = GenerateConfig(num_inference_steps=2)
 COUNTS = {"qwen-image-edit": 1, "qwen-image-edit-plus": 2, "flux-kontext": 1}
 
 
