@@ -17,7 +17,8 @@ from tests.jobs.conftest import draw_set
 from dittocache import main
 from dittocache.cli import app as cli
 from dittocache.cli import shared
-from dittocache.config import RunConfig, load_config
+from dittocache.config import RunConfig, check_config, load_config, save_config
+from dittocache.demo.model import SAMPLES_DIR
 from dittocache.demo.tiny import save_tiny
 from dittocache.errors import CacheError
 from dittocache.jobs.demo_job import demo_config
@@ -105,6 +106,54 @@ def test_commands_run_their_stages_with_overrides(
 def test_training_without_the_cache_encodes_nothing(config_file: str, runs: Runs) -> None:
     assert cli.run(["train", "--config", config_file, "--cache.use_cache", "false"]) == 0
     assert runs.asked[0][1] == ("validate", "train")
+
+
+@pytest.mark.parametrize("command", ["train", "cache", "generate", "report"])
+def test_a_data_set_and_a_model_need_no_yaml(
+    command: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--data", str(SAMPLES_DIR / "train"), "--model", "bundled", "--train.rank", "3", "--name", "first"]
+    assert cli.run([command, *words]) == 0
+    config = runs.asked[0][0]
+    assert (config.data.path, config.model.path) == (SAMPLES_DIR / "train", "bundled")
+    assert (config.train.rank, config.run_dir) == (3, Path("runs/first"))
+    captured = capsys.readouterr()
+    assert "run runs/first: 40 samples" in captured.err, "what is chosen is said, beside the result"
+    assert "samples" not in captured.out.replace("runs/first/samples", "")
+
+
+def test_data_and_model_in_place_of_those_of_a_config(config_file: str, runs: Runs) -> None:
+    assert cli.run(["train", "--config", config_file, "--data", "other", "--model=elsewhere"]) == 0
+    config = runs.asked[0][0]
+    assert (config.data.path, config.model.path) == (Path("other"), "elsewhere")
+
+
+def test_two_words_for_one_thing_must_agree(config_file: str, runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["train", "--config", config_file, "--data", "a", "--data.path", "b"]) == 2
+    assert "--data is 'a' but --data.path is 'b'; they mean the same: keep one" in capsys.readouterr().err
+    assert cli.run(["train", "--config", config_file, "--data", "a", "--data.path", "a"]) == 0
+
+
+def test_a_run_is_found_by_its_name(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["report", "--name", "mine"]) == 2
+    assert "there is no run runs/mine; give --config FILE, or --data FOLDER and --model PATH" in capsys.readouterr().err
+    content = {"name": "mine", "model": {"path": "bundled"}, "data": {"path": "pictures"}, "train": {"steps": 5}}
+    save_config(check_config(content), tmp_path / "runs" / "mine" / "config.yaml")
+    assert cli.run(["generate", "--name", "mine", "--train.rank", "2"]) == 0
+    assert (runs.asked[0][0].train.steps, runs.asked[0][0].train.rank) == (5, 2)
+
+
+def test_what_is_missing_is_said_with_what_is_wrong(capsys: pytest.CaptureFixture[str], runs: Runs) -> None:
+    assert cli.run(["train"]) == 2
+    assert "--data FOLDER and --model PATH without any" in capsys.readouterr().err
+    assert cli.run(["train", "--data", "nowhere", "--train.stpes", "5"]) == 2
+    error = capsys.readouterr().err
+    assert "--model is missing" in error and "did you mean train.steps?" in error and "nowhere" in error
+    assert not runs.asked
 
 
 def test_the_demo_ends_with_the_reports_path(runs: Runs, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
