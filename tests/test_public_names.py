@@ -40,6 +40,7 @@ EXPORTED = [
     "check_cache_exists",
     "generate",
     "get_extractor",
+    "isolate_references",
     "load_config",
     "psnr",
     "register_extractor",

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dittocache.quality.metrics import psnr as psnr
     from dittocache.quality.metrics import ssim as ssim
     from dittocache.referencekv.config import ReferenceKVConfig as ReferenceKVConfig
+    from dittocache.referencekv.isolation import isolate_references as isolate_references
     from dittocache.sampling.config import GenerateConfig as GenerateConfig
     from dittocache.sampling.generate import generate as generate
     from dittocache.sampling.session import cached as cached
@@ -77,6 +78,7 @@ _HOMES = {
     "check_cache_exists": "dittocache.embeddings.manager",
     "generate": "dittocache.sampling.generate",
     "get_extractor": "dittocache.teacache.extractors",
+    "isolate_references": "dittocache.referencekv.isolation",
     "load_config": "dittocache.config",
     "psnr": "dittocache.quality.metrics",
     "register_extractor": "dittocache.teacache.extractors",

@@ -18,7 +18,7 @@ from dittocache.errors import ConfigError, DittocacheError
 from dittocache.events import EventLog
 from dittocache.families.loading import component_names
 from dittocache.jobs.inputs import RunInputs, latent_encoders, records_of, save_manifest, text_encoders
-from dittocache.training.requirements import requirement_problems
+from dittocache.training.requirements import requirement_problems, visibility_problems
 
 FREE_BYTES = 200_000_000  # below it not even a small data set and a LoRA are sure to fit
 BUNDLED_RESOLUTION = 256  # the bundled model was trained at 128; far above it, pictures turn to noise
@@ -162,6 +162,7 @@ def _check_data(inputs: RunInputs, problems: list[str]) -> None:
         samples: Sequence[Sample] = []
         with _listed(problems, f"{field}: "):
             samples = read()
+        problems.extend(visibility_problems(inputs.config.train, inputs.family.name, samples))
         for sample in samples:
             with _listed(problems, f"{field}: "):
                 inputs.family.artifacts(sample, inputs.sizes)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
+from dittocache.data.sample import Sample
 from dittocache.errors import ConfigError
 from dittocache.training.accelerator import require_loggers, require_precision
 from dittocache.training.config import TrainConfig
@@ -29,3 +30,15 @@ def requirement_problems(config: TrainConfig, device: str) -> list[str]:
         except ConfigError as error:
             problems += error.problems or [str(error)]
     return problems
+
+
+def visibility_problems(config: TrainConfig, family_name: str, samples: Sequence[Sample]) -> list[str]:
+    """Why `config.reference_visibility` does not fit these samples: isolated references need references."""
+    without = [sample.name for sample in samples if not sample.controls]
+    if config.reference_visibility == "full" or not without:
+        return []
+    return [
+        f"train.reference_visibility: found isolated, but {len(without)} sample(s) of family {family_name} have no "
+        f"control picture, the first {without[0]}: there are no references to isolate; expected full, or a family and "
+        "samples that edit pictures"
+    ]
