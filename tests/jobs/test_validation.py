@@ -144,3 +144,17 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_device("cuda:1", "model.device") == "cuda:1"
     with pytest.raises(ConfigError, match=r"model\.device: 'cuda:2' is not there; this machine has 2"):
         resolve_device("cuda:2", "model.device")
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "live"])
+def test_what_does_not_count_in_a_list_of_sets_is_told_once(config: RunConfig, tmp_path: Path, use_cache: bool) -> None:
+    sets = tmp_path / "sets.toml"
+    sets.write_text(
+        f"[[datasets]]\nimage_directory = '{config.data.path}/training_images'\n"
+        f"control_directory = '{config.data.path}/control_images'\nenable_bucket = true\nbatch_size = 8\n"
+    )
+    settings = {"data.path": str(sets), "cache.use_cache": use_cache}
+    log = EventLog(config.run_dir / "events.jsonl", "validate")
+    validate(RunInputs(changed(config, settings), config.run_dir), log)
+    told = "\n".join(event.get("text", "") for event in read_events(log.path))
+    assert told.count("batch_size = 8 does not count") == 1

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dittocache.config import BUNDLED
+from dittocache.data.loading import notes_of
 from dittocache.data.sample import Sample
 from dittocache.embeddings.planning.identity import model_folder
 from dittocache.embeddings.planning.plan import Plan
@@ -51,8 +52,12 @@ def validate(inputs: RunInputs, log: EventLog) -> None:
     if problems:
         raise ConfigError(f"{len(problems)} problem(s) found before anything was loaded", problems)
     log.emit("result", samples=len(inputs.samples), held_out=len(inputs.held_out), family=inputs.family.name)
-    if inputs.config.cache.use_cache:
-        _report_plan(inputs, inputs.plan(), log)
+    plan = inputs.plan() if inputs.config.cache.use_cache else None
+    for note in dict.fromkeys((*notes_of(inputs.samples), *notes_of(inputs.held_out))):
+        if plan is None or note not in plan.notes:  # the plan tells its own
+            log.message(note, level="warning")
+    if plan is not None:
+        _report_plan(inputs, plan, log)
 
 
 def _report_plan(inputs: RunInputs, plan: Plan, log: EventLog) -> None:
