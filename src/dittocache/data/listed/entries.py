@@ -34,7 +34,7 @@ class EntryReader:
         self._names = Names()
         self._prefix = os.path.join(table.folder, "")
         self._uncontrolled: list[Row] = []
-        self._seen: dict[tuple[object, ...], str] = {}
+        self._seen: dict[str, str] = {}
 
     def entries(self) -> list[Entry]:
         """An entry for each row in which nothing is wrong."""
@@ -58,7 +58,7 @@ class EntryReader:
         if len(self._problems) > before:
             return None
         target, mask = targets[0], masks[0] if masks else None
-        if row.name is None and self._is_repeated(row, (target, tuple(controls), prompt, mask)):
+        if row.name is None and self._is_repeated(row, "\0".join((prompt, target, mask or "", *controls))):
             return None
         if not controls:
             self._uncontrolled.append(row)
@@ -137,7 +137,7 @@ class EntryReader:
             path = "/".join(part for part in os.path.normpath(path).split("/") if part not in ("..", ""))
         return path if path.isascii() else unicodedata.normalize("NFC", path)
 
-    def _is_repeated(self, row: Row, content: tuple[object, ...]) -> bool:
+    def _is_repeated(self, row: Row, content: str) -> bool:
         """Whether another row says just the same, which is then told."""
         earlier = self._seen.setdefault(content, row.where)
         if earlier != row.where:
