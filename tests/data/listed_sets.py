@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from dittocache.data.config import SetConfig
 from dittocache.data.listed.entry import Entry
 from dittocache.data.listed.listing import read_listing
-from dittocache.data.listed.picture_store import PictureStore
 
 
 def picture(path: Path, colour: str = "red") -> Path:
@@ -50,11 +48,3 @@ def entries_of(
 def problems_of(path: Path, columns: dict[str, str | list[str]] | None = None, memory: Path | None = None) -> list[str]:
     """The problems of a list, with the path of the list left out."""
     return [problem.replace(str(path), path.name) for problem in read(path, columns, memory)[1]]
-
-
-def keep_many(folder: str, contents: list[bytes], start: Any) -> None:
-    """What one of several processes does at once with the others."""
-    start.wait()
-    store = PictureStore(Path(folder))
-    for content in contents * 5:
-        assert (store.folder / store.keep(content)).read_bytes() == content

@@ -159,6 +159,7 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path: Path) -> None:
     [
         (b"", "list.csv is empty; expected a line of column names, such as 'target,prompt'"),
         (b"\n \n", "list.csv is empty; expected a line of column names, such as 'target,prompt'"),
+        (b",,\nimage,text\n", "list.csv, line 1: no column names; expected a line such as 'target,prompt'"),
         (b"image,text\n", "list.csv lists no samples"),
         (b"image,text\na.png,\xe9t\xe9\n", "list.csv, line 2: byte 0xe9 is not UTF-8; save the file as UTF-8"),
         (b"\xff\xfei\0m\0", "list.csv is in UTF-16; save it as UTF-8"),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from blake3 import blake3
 from huggingface_hub import constants
-from tests.data.listed_sets import entries_of, keep_many, picture, picture_bytes, problems_of, read
+from tests.data.listed_sets import entries_of, picture, picture_bytes, problems_of, read
 
 from dittocache.data import digests
 from dittocache.data.listed import arrow_source
@@ -316,16 +316,33 @@ def test_a_set_that_datasets_has_prepared(tmp_path: Path, monkeypatch: pytest.Mo
     assert entries[1].target.read_bytes() == GREEN
 
 
+KEEP_MANY = """
+import sys
+from pathlib import Path
+from dittocache.data.listed.picture_store import PictureStore
+
+contents = [bytes.fromhex(line) for line in sys.argv[2:]]
+store = PictureStore(Path(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.readline()
+for content in contents * 5:
+    assert (store.folder / store.keep(content)).read_bytes() == content
+"""
+
+
 def test_several_processes_keep_the_same_pictures(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    start = context.Barrier(2)
-    workers = [context.Process(target=keep_many, args=(str(tmp_path), CONTENTS, start)) for _ in range(2)]
+    command = [sys.executable, "-c", KEEP_MANY, str(tmp_path), *(content.hex() for content in CONTENTS)]
+    workers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     for worker in workers:
-        worker.start()
+        assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
     for worker in workers:
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0, 0]
-    assert len(list(tmp_path.iterdir())) == 5  # nothing temporary is left
+        assert worker.stdin is not None
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    for worker in workers:
+        worker.communicate(timeout=60)
+    assert [worker.returncode for worker in workers] == [0, 0]
+    assert len(list(tmp_path.iterdir())) == len(CONTENTS)  # nothing temporary is left
 
 
 def test_what_is_kept(tmp_path: Path) -> None:

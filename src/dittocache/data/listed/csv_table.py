@@ -29,8 +29,11 @@ def read_csv(path: Path, problems: list[str]) -> Table | None:
         problems.append(f"{path} is empty; expected a line of column names, such as 'target,prompt'")
         return None
     records = _records(path, lines, first, _delimiter(lines[first]), problems)
+    before = len(problems)
     head = next(records, None)
     if head is None or head[0] != first + 1:
+        if len(problems) == before:
+            problems.append(f"{path}, line {first + 1}: no column names; expected a line such as 'target,prompt'")
         return None
     columns = [column.strip() for column in head[1]]
     twice = sorted({column for column in columns if column and columns.count(column) > 1})
