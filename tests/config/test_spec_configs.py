@@ -137,11 +137,15 @@ def test_sizes(sizes: dict[str, Any], expected: tuple[Any, ...]) -> None:
     assert (data.resolution, data.buckets, data.control_resolution) == expected
 
 
-def test_devices_of_live_training_are_refused_only_where_they_count() -> None:
-    name = "train.fit_device"
-    check_config(merged(SMALLEST, nested(name, {"vae": "cuda:1"})))
-    live = merged(SMALLEST, {"cache": {"use_cache": False}})
-    assert problems_of(name, {"vae": "cuda:1"}, live)[0].startswith("train.fit_device: found {'vae': 'cuda:1'}")
+def test_devices_of_encoders_while_training_count_where_they_are_loaded() -> None:
+    devices = {"train": {"fit_device": {"vae": "cuda:1", "text_encoder_2": "cpu"}, "text_encoder_device": "cuda:2"}}
+    assert check_config(merged(SMALLEST, devices)).cache.devices == {}
+    live = merged(merged(SMALLEST, devices), {"cache": {"use_cache": False}})
+    assert check_config(live).cache.devices == {"vae": "cuda:1", "text_encoder": "cuda:2", "text_encoder_2": "cpu"}
+    other = merged(live, {"cache": {"devices": {"vae": "cpu"}}})
+    with pytest.raises(ConfigError, match="they mean the same"):
+        check_config(other)
+    assert problems_of("train.fit_device.dit", "cuda")[0].startswith("train.fit_device.dit: there is no such setting")
 
 
 def test_every_alias_leads_to_a_setting() -> None:

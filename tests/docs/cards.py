@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from accelerate import init_empty_weights
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # What differs from the defaults of the diffusers classes, which are those of Qwen-Image (60 layers, 24 heads of 128,
 # prompts 3584 wide) and FLUX.1 (19 and 38 layers, 24 heads of 128, prompts 4096 wide, pooled 768).
@@ -41,3 +45,38 @@ def transformer_folder(folder: Path, family_name: str, class_name: str) -> Path:
     (folder / "transformer").mkdir(parents=True)
     (folder / "transformer" / "config.json").write_text(transformer.to_json_string())
     return folder
+
+
+def vae_of(family_name: str) -> Any:
+    """The VAE of a published checkpoint in bfloat16, without storage."""
+    with init_empty_weights():
+        if family_name.startswith("qwen"):
+            return diffusers.AutoencoderKLQwenImage().bfloat16()
+        return diffusers.AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=16,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ).bfloat16()
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors made inside it that are alive; `peak` is the most at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self._alive:
+                self._alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self._alive.pop, storage._cdata, 0)
+        self.peak = max(self.peak, sum(self._alive.values()))
+        return made

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tests.docs.cards import ENCODERS, REFERENCES, TEXT_TOKENS, transformer_folder
+from tests.docs.cards import ENCODERS, REFERENCES, TEXT_TOKENS, LiveBytes, transformer_folder, vae_of
 from tests.jobs.conftest import draw_set
 
 from dittocache.config import RunConfig, load_config
@@ -109,6 +109,18 @@ def fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_the_vae_encodes_a_large_picture_on_the_smallest_card(family: str) -> None:
+    vae = vae_of(family)
+    frames = (1,) if family.startswith("qwen") else ()
+    with torch.no_grad(), LiveBytes() as live:
+        latents = vae.encode(torch.empty(1, 3, *frames, 1024, 1024, dtype=torch.bfloat16, device="meta"))[0].mode()
+    assert latents.shape[-2:] == (128, 128)
+    weights = sum(one.nbytes for one in vae.parameters())
+    assert 1e9 < live.peak < 8e9
+    assert weights + 2 * live.peak + RESERVED < min(SIZES) * 10**9  # as much again for what convolutions unfold
 
 
 @cache

@@ -18,8 +18,9 @@ from dittocache.families.defaults import suggested_settings
 from dittocache.families.registry import FAMILIES
 from dittocache.jobs import quick_start
 from dittocache.jobs.inputs import RunInputs
+from dittocache.jobs.live_encoders import LiveEncoders
 from dittocache.jobs.quick_start import quick_config, run_name, steps_for
-from dittocache.jobs.training_memory import encoder_bytes, fit_to_memory, sample_size
+from dittocache.jobs.training_memory import encoder_bytes, fit_to_memory, live_encoder_bytes, sample_size
 from dittocache.training.fitting import CHOICES
 from dittocache.training.memory_plan import RESERVED
 
@@ -170,3 +171,9 @@ def test_live_training_leaves_less_for_the_transformer(choose: Any) -> None:
     enough = plain + RESERVED
     assert fit_to_memory(RunInputs(cached, cached.run_dir), enough, GB).choice == CHOICES[0]
     assert fit_to_memory(inputs, enough, GB).choice != CHOICES[0]
+    assert live_encoder_bytes(RunInputs(cached, cached.run_dir)) == 0
+    loaded = {name: getattr(LiveEncoders(inputs, "cpu")[name], name) for name in inputs.family.encoders}
+    sizes = {name: sum(one.nbytes for one in part.parameters()) for name, part in loaded.items()}
+    assert live_encoder_bytes(inputs) == sum(sizes.values())
+    moved = choose(cache__use_cache="false", cache__devices={"text_encoder": "cuda"}, name="moved")[0]
+    assert live_encoder_bytes(RunInputs(moved, moved.run_dir)) == sizes["vae"]

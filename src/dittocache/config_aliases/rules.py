@@ -74,6 +74,15 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
     "data.init_args.processor.class_path": ("ImageProcessor",),
 }
 
+LIVE_DEVICES: Mapping[str, str] = {
+    "train.vae_encoder_device": "vae",
+    "train.text_encoder_device": "text_encoder",
+    "train.fit_device.vae": "vae",
+    "train.fit_device.vae_encoder": "vae",
+    "train.fit_device.text_encoder": "text_encoder",
+    "train.fit_device.text_encoder_2": "text_encoder_2",
+}
+
 # The embeddings that caption dropout replaces: of Qwen-Image, and of FLUX.
 EMPTY_PROMPTS = (
     frozenset({"empty_prompt_embeds", "empty_prompt_embeds_mask"}),
@@ -159,15 +168,13 @@ def _drop_keys(settings: dict[str, Any], problems: list[str]) -> None:
 
 
 def _live_devices(settings: dict[str, Any], problems: list[str]) -> None:
-    """Encoders have the device of the transformer in live training, and are not in memory in cached training."""
-    names = ("train.fit_device", "train.vae_encoder_device", "train.text_encoder_device")
-    found = {name: value for name in names if (value := taken(settings, name, None)) is not None}
+    """Devices of the encoders while training: they are loaded in live training only, and run on `cache.devices`."""
     cache = settings.get("cache")
-    if isinstance(cache, dict) and cache.get("use_cache") is False:
-        problems += [
-            f"{name}: found {value!r}; live training has its encoders on model.device: leave it out"
-            for name, value in found.items()
-        ]
+    live = isinstance(cache, dict) and cache.get("use_cache") is False
+    for name, encoder in LIVE_DEVICES.items():
+        device = taken(settings, name, None)
+        if live and device is not None:
+            put(settings, f"cache.devices.{encoder}", device, name, problems)
 
 
 def _predict_devices(settings: dict[str, Any], problems: list[str]) -> None:

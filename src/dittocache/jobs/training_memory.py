@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,7 +29,8 @@ def memory_plan(inputs: RunInputs, names: Sequence[str], source: Source) -> Memo
     shapes = {name: source.bucket(name) for name in looked_at}
     largest = max(looked_at, key=lambda name: _tokens(shapes[name]), default="")
     size = BatchSize(shapes[largest], _text_tokens(inputs, largest))
-    return plan_memory(model_folder(inputs.model), inputs.family, inputs.config.train, inputs.dtype, size)
+    plan = plan_memory(model_folder(inputs.model), inputs.family, inputs.config.train, inputs.dtype, size)
+    return replace(plan, encoders=live_encoder_bytes(inputs))
 
 
 def fit_to_memory(inputs: RunInputs, device_bytes: int, machine_bytes: int) -> Fit:
@@ -36,9 +38,7 @@ def fit_to_memory(inputs: RunInputs, device_bytes: int, machine_bytes: int) -> F
     folder, config = model_folder(inputs.model), inputs.config.train
     facts = transformer_facts(folder, inputs.family, config, inputs.dtype, sample_size(inputs))
     plans = [(choice, plan_of(facts, config.model_copy(update=dict(choice)))) for choice in CHOICES]
-    if not inputs.config.cache.use_cache:  # live training holds the encoders too
-        device_bytes -= sum(encoder_bytes(folder, inputs.family, inputs.dtype).values())
-    return fitting_choice(device_bytes, machine_bytes, plans)
+    return fitting_choice(device_bytes - live_encoder_bytes(inputs), machine_bytes, plans)
 
 
 def sample_size(inputs: RunInputs) -> BatchSize:
@@ -51,6 +51,17 @@ def sample_size(inputs: RunInputs) -> BatchSize:
     if estimator is None:
         return BatchSize(largest)
     return BatchSize(largest, estimator.text_sizes(sample, inputs.sizes, picture_size)["prompt_embeds"].rows)
+
+
+def live_encoder_bytes(inputs: RunInputs) -> int:
+    """Bytes of the encoders that training holds beside the transformer: none where all is cached or is elsewhere."""
+    if inputs.config.cache.use_cache:
+        return 0
+    elsewhere = {
+        str(name) for name, device in inputs.config.cache.devices.items() if device not in (inputs.device, "auto")
+    }
+    sizes = encoder_bytes(model_folder(inputs.model), inputs.family, inputs.dtype)
+    return sum(size for name, size in sizes.items() if name not in elsewhere)
 
 
 def encoder_bytes(folder: Path, family: Family, dtype: torch.dtype) -> dict[str, int]:

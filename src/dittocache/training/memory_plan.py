@@ -41,6 +41,7 @@ class MemoryPlan:
         average: the moving average of the LoRA.
         activations: kept for the backward pass, an estimate.
         working: open while one operation is computed, a bound: gradients, and weights in the computing format.
+        encoders: weights of the VAE and the text encoders, where they stay in memory: in live training.
         offloaded: True where the weights stay in the machine's memory.
         notes: what the reader should know.
     """
@@ -52,6 +53,7 @@ class MemoryPlan:
     average: int
     activations: int
     working: int = 0
+    encoders: int = 0
     offloaded: bool = False
     notes: tuple[str, ...] = ()
 
@@ -59,6 +61,7 @@ class MemoryPlan:
     def device_total(self) -> int:
         """All that the device holds."""
         held = self.lora + self.gradients + self.optimizer + self.average + self.activations + self.working
+        held += self.encoders
         return held if self.offloaded else held + self.weights
 
     def describe(self) -> str:
@@ -67,13 +70,15 @@ class MemoryPlan:
         parts = [f"weights {gigabytes(self.weights)}{where}", f"LoRA {gigabytes(self.lora)}"]
         parts += [f"gradients {gigabytes(self.gradients)}", f"optimizer {gigabytes(self.optimizer)}"]
         parts += [f"average {gigabytes(self.average)}"] if self.average else []
+        parts += [f"encoders {gigabytes(self.encoders)}"] if self.encoders else []
         parts += [f"activations about {gigabytes(self.activations)}", f"working space {gigabytes(self.working)}"]
         return "; ".join([f"memory for training about {gigabytes(self.device_total)}: {', '.join(parts)}", *self.notes])
 
     def as_dict(self) -> dict[str, Any]:
         """For events."""
-        names = ("weights", "lora", "gradients", "optimizer", "average", "activations", "working", "device_total")
-        return {name: getattr(self, name) for name in names} | {"notes": list(self.notes)}
+        names = ("weights", "lora", "gradients", "optimizer", "average", "activations", "working", "encoders")
+        numbers = {name: getattr(self, name) for name in (*names, "device_total")}
+        return numbers | {"notes": list(self.notes)}
 
 
 def plan_memory(folder: Path, family: Family, config: TrainConfig, dtype: torch.dtype, size: BatchSize) -> MemoryPlan:
