@@ -160,10 +160,19 @@ def test_repeats_of_the_data_set_make_epochs_longer(config: RunConfig) -> None:
     assert identities[0]["model"] == identities[1]["model"] and identities[0]["data"] != identities[1]["data"]
 
 
-def test_tensorboard_gets_the_losses(config: RunConfig) -> None:
+def test_tensorboard_gets_the_numbers_of_every_step(config: RunConfig) -> None:
     pytest.importorskip("tensorboard")
-    carry_out(_with(config, log_with=["tensorboard"]), *CACHED, "train")
-    assert list((config.run_dir / "logs").rglob("events.out.*"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events: list[Event] = []
+    carry_out(_with(config, log_with=["tensorboard"]), *CACHED, "train", listener=events.append)
+    metrics = [event for event in events if event["kind"] == "metric"]
+    [file] = (config.run_dir / "logs" / config.name).glob("events.out.*")
+    written = EventAccumulator(str(file))
+    written.Reload()
+    for name in ("loss", "learning_rate", "grad_norm"):
+        points = [(point.step, point.value) for point in written.Scalars(name)]
+        assert points == [(event["step"], pytest.approx(event[name], rel=1e-6)) for event in metrics]
 
 
 def test_two_processes_share_one_run_with_pictures(config: RunConfig) -> None:
@@ -205,7 +214,7 @@ def test_what_the_settings_need_is_asked_for_first(config: RunConfig, monkeypatc
     with pytest.raises(ConfigError) as caught:
         carry_out(wanting, "validate")
     found = caught.value.problems
-    for words in ("pip install nowhere", "pip install bitsandbytes", "pip install wandb", "fp16 needs a GPU"):
+    for words in ("pip install nowhere", "nf4 needs a GPU", "pip install wandb", "fp16 needs a GPU"):
         assert any(words in problem for problem in found), words
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from dittocache.training.config import TrainConfig
 from dittocache.training.frozen_base import load_frozen, offload_layers, quantization_config
 from dittocache.training.loop import train_lora
 from dittocache.training.lora import add_lora
+from dittocache.training.requirements import requirement_problems
 from dittocache.training.sources import CachedSource
 
 CONFIG = TrainConfig(steps=3, batch_size=2, rank=4, learning_rate=5e-3)
@@ -101,11 +101,28 @@ def test_offloading_needs_gradient_checkpointing() -> None:
         TrainConfig(offload="group")
 
 
-@pytest.mark.parametrize(("form", "package"), [("nf4", "bitsandbytes"), ("int8", "bitsandbytes")])
-def test_quantization_names_the_package_that_is_missing(form: Any, package: str) -> None:
+@pytest.mark.parametrize(
+    ("form", "device", "installed", "words"),
+    [
+        ("nf4", "cuda", set(), "pip install bitsandbytes"),
+        ("int8", "cuda:1", set(), "bitsandbytes or torchao"),
+        ("int8", "cpu", {"bitsandbytes"}, "pip install torchao"),  # diffusers refuses bitsandbytes without a GPU
+        ("nf4", "cpu", {"bitsandbytes"}, "nf4 needs a GPU"),
+    ],
+)
+def test_quantization_that_cannot_be_says_what_it_needs(
+    form: Any, device: str, installed: set[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "dittocache.training.frozen_base.importlib.util.find_spec", lambda name: name in installed or None
+    )
     config = TrainConfig(base_quantization=form)
-    if importlib.util.find_spec(package) or (form == "int8" and importlib.util.find_spec("torchao")):
-        assert quantization_config(config, torch.bfloat16) is not None
-    else:
-        with pytest.raises(ConfigError, match=f"pip install {package}"):
-            quantization_config(config, torch.bfloat16)
+    with pytest.raises(ConfigError, match=words):
+        quantization_config(config, torch.bfloat16, device)
+    assert any(words in problem for problem in requirement_problems(config, device))
+
+
+def test_offloaded_blocks_cannot_be_quantized_by_other_packages() -> None:
+    config = TrainConfig(base_quantization="nf4", offload="group", gradient_checkpointing=True)
+    [problem] = requirement_problems(config, "cuda")
+    assert "choose fp8 for offloaded blocks" in problem

@@ -31,6 +31,7 @@ from dittocache.training.accelerator import make_accelerator
 from dittocache.training.checkpoint import RAW_NAME, checkpoint_step, checkpoints, set_aside_damaged
 from dittocache.training.frozen_base import load_frozen
 from dittocache.training.interrupt import stop_on_signals
+from dittocache.training.loggers import start_loggers
 from dittocache.training.loop import TrainState, train_lora
 from dittocache.training.lora import WEIGHT_NAME, add_lora
 from dittocache.training.schedule import epoch_length, with_steps
@@ -85,8 +86,7 @@ def _train(inputs: RunInputs, log: EventLog) -> None:
     transformer = load_frozen(inputs.model, inputs.family, config, inputs.dtype, device, warn)
     add_lora(transformer, inputs.family, config)
     pictures = TrainingPictures(inputs, edits, prompts, transformer, accelerator.device)
-    if config.log_with:
-        _start_loggers(inputs, accelerator)
+    start_loggers(accelerator, config, inputs.config.name, inputs.run_dir, log.message)
     progress = Progress(log, config.steps - done)
     states: list[TrainState] = []
     with stop_on_signals() as should_stop:
@@ -202,11 +202,3 @@ def _numbers(state: TrainState) -> dict[str, float]:
         "grad_norm": state.grad_norm,
         "epoch": state.epoch,
     }
-
-
-def _start_loggers(inputs: RunInputs, accelerator: Any) -> None:
-    settings = inputs.config.train.model_dump(mode="json")
-    flat = {name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()}
-    accelerator.init_trackers(
-        inputs.config.name, config=flat, init_kwargs={"wandb": {"name": inputs.config.name, "dir": str(inputs.run_dir)}}
-    )

@@ -71,37 +71,42 @@ def offload_layers(transformer: Any, device: torch.device) -> None:
     )
 
 
-def quantization_config(config: TrainConfig, dtype: torch.dtype) -> Any:
-    """Diffusers' configuration for `nf4` (bitsandbytes) or `int8` (bitsandbytes, else torchao).
+def quantization_config(config: TrainConfig, dtype: torch.dtype, device: str) -> Any:
+    """Diffusers' configuration for `nf4` (bitsandbytes) or `int8` (bitsandbytes, else torchao; torchao on the CPU).
 
-    Raises ConfigError where neither package is installed.
+    Raises ConfigError where no installed package can do it on `device`, or blocks are to be offloaded too.
     """
     import diffusers
 
-    if importlib.util.find_spec("bitsandbytes") is not None:
-        if config.base_quantization == "nf4":
+    form = config.base_quantization
+    if config.offload == "group":
+        raise ConfigError(
+            f"train.offload group does not go with train.base_quantization {form}; choose fp8 for offloaded blocks"
+        )
+    on_cpu = torch.device(device).type == "cpu"
+    if form == "nf4" and on_cpu:
+        raise ConfigError("train.base_quantization nf4 needs a GPU, this run is on the CPU; choose fp8 or int8")
+    if importlib.util.find_spec("bitsandbytes") is not None and not on_cpu:
+        if form == "nf4":
             return diffusers.BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
             )
         return diffusers.BitsAndBytesConfig(load_in_8bit=True)
-    if config.base_quantization == "int8" and importlib.util.find_spec("torchao") is not None:
+    if form == "int8" and importlib.util.find_spec("torchao") is not None:
         return diffusers.TorchAoConfig(importlib.import_module("torchao.quantization").Int8WeightOnlyConfig())
-    packages = "bitsandbytes" if config.base_quantization == "nf4" else "bitsandbytes or torchao"
+    packages = "bitsandbytes" if form == "nf4" else "torchao" if on_cpu else "bitsandbytes or torchao"
     raise ConfigError(
-        f"train.base_quantization {config.base_quantization} needs {packages}, which is not installed; "
+        f"train.base_quantization {form} needs {packages}, which is not installed; "
         f"`pip install {packages.partition(' ')[0]}`, or choose fp8, which needs nothing more"
     )
 
 
 def _quantized(model: str, family: Family, config: TrainConfig, dtype: torch.dtype, device: str) -> Any:
-    if config.offload == "group":
-        raise ConfigError(
-            f"train.offload group does not go with train.base_quantization {config.base_quantization}; "
-            "choose fp8 for offloaded blocks"
-        )
-    options = {"quantization_config": quantization_config(config, dtype), "dtype": dtype}
+    options = {"quantization_config": quantization_config(config, dtype, device), "dtype": dtype}
+    if torch.device(device).type != "cpu":
+        options["device_map"] = {"": device}  # naming the CPU here would mean offloading, without quantization
     transformer_class = diffusers_class(family.transformer.class_name)
     try:
-        return transformer_class.from_pretrained(model, subfolder="transformer", device_map={"": device}, **options)
+        return transformer_class.from_pretrained(model, subfolder="transformer", **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"cannot load the transformer of {model!r} as {config.base_quantization}: {error}") from error

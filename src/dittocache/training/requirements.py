@@ -23,7 +23,7 @@ def requirement_problems(config: TrainConfig, device: str) -> list[str]:
         lambda: require_loggers(config.log_with),
     ]
     if config.base_quantization in ("nf4", "int8"):
-        checks.append(lambda: quantization_config(config, torch.bfloat16))
+        checks.append(lambda: quantization_config(config, torch.bfloat16, device))
     for check in checks:
         try:
             check()
