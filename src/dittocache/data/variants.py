@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,8 +71,10 @@ class Treatment:
     repeats: int = 1
     prefix: str = ""
 
-    def names(self, names: Iterable[str]) -> list[str]:
+    def names(self, names: Sequence[str]) -> Sequence[str]:
         """The names of all samples, from those in the folder: each once for each variant."""
+        if not self.prefix and len(self.variants) == 1:
+            return names
         suffixes = [variant.suffix for variant in self.variants]
         return [f"{self.prefix}{name}{suffix}" for name in names for suffix in suffixes]
 
