@@ -13,7 +13,7 @@ import yaml
 from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from dittocache.config_aliases import resolve_aliases
+from dittocache.config_aliases.resolving import resolve_aliases
 from dittocache.data.config import DataConfig
 from dittocache.embeddings.config import CacheConfig
 from dittocache.errors import ConfigError
