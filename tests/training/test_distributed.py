@@ -34,7 +34,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path, reader:
         "plain": {**ONE_STEP, "batch_size": 1},
         "accumulated": {**ONE_STEP, "batch_size": 1, "gradient_accumulation_steps": 2},
         "adamw": {**TWO_STEPS, "batch_size": 2},
-        "spoilt": {**TWO_STEPS, "batch_size": 2, "bad": "s2"},
+        "spoilt": {**TWO_STEPS, "batch_size": 1, "gradient_accumulation_steps": 2, "bad": "s2"},
     }
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     for code, output in run_distributed([WORKER, str(tmp_path)], 2, PORT):

@@ -70,6 +70,15 @@ def test_training_learns_one_sample(family: Family, reader: Any) -> None:
     assert sum(losses[-15:]) < 0.9 * sum(losses[:15])
 
 
+@pytest.mark.parametrize("kept", [1, 3])
+def test_a_batch_may_be_larger_than_the_data_set(family: Family, reader: Any, names: list[str], kept: int) -> None:
+    few = names[:kept]
+    states, _ = _train(family, CachedSource(reader), few, CONFIG.model_copy(update={"steps": 3, "batch_size": 4}))
+    seen = [name for state in states for name in state.names]
+    assert {len(state.names) for state in states} == {4}
+    assert {seen.count(name) for name in few} == {12 // kept}
+
+
 def test_only_the_lora_moves(family: Family, reader: Any, names: list[str]) -> None:
     before = dict(tiny_pipeline("qwen-image-edit-plus").transformer.named_parameters())
     _, transformer = _train(family, CachedSource(reader), names)

@@ -21,6 +21,7 @@ from tests.training.processes import environment
 from dittocache.demo.tiny import tiny_pipeline
 from dittocache.errors import ConfigError, ModelError, StageError
 from dittocache.families.base import Family
+from dittocache.families.registry import get_family
 from dittocache.training.accelerator import make_accelerator
 from dittocache.training.checkpoint import (
     RAW_NAME,
@@ -291,6 +292,13 @@ def test_what_changes_the_meaning_is_refused(family: Family, change: dict[str, A
     with pytest.raises(ConfigError) as caught:
         check_continuation(_settings(CONFIG, family), _settings(other, family), Path("step-00000001"))
     assert [problem.split(":")[0] for problem in caught.value.problems] == names
+
+
+def test_the_checkpoint_of_another_family_is_refused(family: Family) -> None:
+    other = get_family("flux")
+    with pytest.raises(ConfigError, match="start anew under another name") as caught:
+        check_continuation(_settings(CONFIG, other), _settings(CONFIG, family), Path("step-00000001"))
+    assert "family: the checkpoint has 'flux', this run has 'qwen-image-edit-plus'" in caught.value.problems
 
 
 def test_another_model_is_refused_and_other_data_are_told(family: Family) -> None:
