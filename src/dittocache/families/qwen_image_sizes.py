@@ -38,7 +38,7 @@ def pipeline_sizes(sizes: Sizes) -> Iterator[None]:
 
 
 def output_size(picture_sizes: Sequence[tuple[int, int]], sizes: Sizes) -> tuple[int, int]:
-    """(width, height) in pixels that the edit pipelines give an edit: the last picture's ratio at the area of `resolution`.
+    """(width, height) in pixels that the edit pipelines give an edit: the last picture's ratio, `resolution` squared.
 
     A square without pictures. Both sides are multiples of 32.
     """
