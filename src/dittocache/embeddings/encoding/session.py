@@ -200,7 +200,7 @@ class EncoderSession:
         if self._encoder == "vae":
             mends += ", or a lower data.resolution"
         elif batch[0].sample.controls:
-            mends += ", or a lower data.condition_resolution"
+            mends += ", or a lower data.condition_resolution (Qwen-Image-Edit: data.resolution)"
         raise CacheError(
             f"memory ran out while {self._encoder} encoded sample {name!r} alone ({error}); choose {mends}"
         ) from error
