@@ -78,3 +78,10 @@ def test_paths_can_be_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     found = checked(sets=[{"path": "a", "control_path": "c"}, {"path": str(tmp_path / "b")}]).absolute()
     assert found.paths == [tmp_path / "a", tmp_path / "b"] and found.sets[0].control_path == tmp_path / "c"
     assert checked(path="a").absolute().path == tmp_path / "a"
+
+
+def test_paths_become_absolute_and_a_hub_id_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = DataConfig.model_validate({"sets": [{"path": "mine"}, {"path": "user/name"}]}).absolute()
+    assert [one.path for one in config.every_set] == [tmp_path / "mine", Path("user/name")]

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from dittocache.data.listed.kinds import kind_of
 from dittocache.settings import Settings
 
 SMALLEST_SIDE = 32
@@ -165,7 +166,7 @@ class DataConfig(SetSettings):
         """The same with absolute paths, for a process that works in another folder."""
 
         def moved(settings: Mapping[str, Any]) -> dict[str, Any]:
-            return {**settings, **{name: settings[name].absolute() for name in _PLACES if settings[name] is not None}}
+            return {**settings, **{name: located(settings[name]) for name in _PLACES if settings[name] is not None}}
 
         settings = moved(self.model_dump())
         return DataConfig.model_validate({**settings, "sets": [moved(one) for one in settings["sets"]]})
@@ -212,3 +213,8 @@ def _written(frame: Frame) -> int | Frame:
 
 def _error(problem: PydanticCustomError, field: str, found: Any) -> ValidationError:
     return ValidationError.from_exception_data("data", [InitErrorDetails(type=problem, loc=(field,), input=found)])
+
+
+def located(path: Path) -> Path:
+    """The absolute path; the id of a data set on the Hugging Face hub as it is."""
+    return path if kind_of(path) == "hub" else path.absolute()
