@@ -82,7 +82,9 @@ def train(*settings: Overrides, config: ConfigFile = None, data: DataPath = None
     """
     chosen = load_settings(config, settings, data, model)
     stages = TRAIN if chosen.cache.use_cache else ("validate", "train")
-    say(start_job(chosen, stages) / LORA_NAME)
+    lora = start_job(chosen, stages) / LORA_NAME
+    if lora.is_dir():  # a launcher's other processes have none
+        say(lora)
 
 
 @app.command(help_epilogue=settings_help())

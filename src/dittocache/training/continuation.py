@@ -73,12 +73,13 @@ def run_settings(
     lines = [f"{name}\t{repeats[name]}" if repeats.get(name, 1) > 1 else name for name in sorted(names)]
     digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
     alpha = config.alpha if config.alpha is not None else config.rank
+    targets = config.lora_targets or family.lora_targets
     return {
         **config.model_dump(mode="json", exclude={"alpha"}),
         "alpha": alpha,
         "averaged": config.ema_decay is not None,
         "family": family.name,
-        "targets": sorted(family.lora_targets),
+        "targets": [targets] if isinstance(targets, str) else sorted(targets),
         "caption_dropout": caption_dropout,
         "processes": processes,
         "global_batch": config.batch_size * config.gradient_accumulation_steps * processes,

@@ -64,10 +64,12 @@ def offload_layers(transformer: Any, device: torch.device) -> None:
     """Keep the layers in the machine's memory and bring each to `device` for its own forward pass, one ahead.
 
     To be called before the LoRA is added: by layer, so that the LoRA's own layers, which come later, stay where they
-    are, with their gradients and the optimizer's moments.
+    are, with their gradients and the optimizer's moments. Weights are recorded on the computing stream: those that the
+    backward pass still reads must not be given away to the next layer's transfer.
     """
+    streamed = device.type == "cuda"
     transformer.enable_group_offload(
-        onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda", non_blocking=True
+        onload_device=device, offload_type="leaf_level", use_stream=streamed, record_stream=streamed, non_blocking=True
     )
 
 

@@ -120,7 +120,8 @@ class LiveSource:
 
     def bucket(self, name: str) -> Bucket:
         """`img_shapes`, from the pictures' headers."""
-        [tensors] = self._family.encode(self._pipe_of(None), None, [self._sample(name)], self._sizes)
+        sample, wanted = self._sample(name), [{"img_shapes"}]  # no more: a loss mask would be decoded too
+        [tensors] = self._family.encode(self._pipe_of(None), None, [sample], self._sizes, wanted=wanted)
         return _rows(tensors["img_shapes"])
 
     def _pipe_of(self, encoder: str | None) -> Any:
