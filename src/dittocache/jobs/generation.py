@@ -11,10 +11,10 @@ from PIL import Image
 from dittocache.data.sample import Sample
 from dittocache.errors import ConfigError
 from dittocache.events import EventLog, Progress
-from dittocache.families.loading import component_names
 from dittocache.families.pictures import open_picture
 from dittocache.jobs.edits import PLAIN, Edit, Way, make_picture
 from dittocache.jobs.inputs import RunInputs
+from dittocache.jobs.placed_pipeline import load_placed
 from dittocache.jobs.run_folder import LORA_NAME, SAMPLES_NAME
 from dittocache.quality.metrics import capped, psnr
 from dittocache.referencekv.isolation import isolate_references
@@ -35,7 +35,7 @@ def generate_edits(inputs: RunInputs, log: EventLog) -> None:
     made again with each of them, with all, and with fewer plain steps. Emits a `result` that lists the pictures.
     """
     edits = chosen_edits(inputs)
-    pipe = inputs.family.load_pipeline(inputs.model, component_names(inputs.model), inputs.dtype, inputs.device)
+    pipe = load_placed(inputs, log)
     has_lora = (inputs.run_dir / LORA_NAME).is_dir()
     compared = edits[:COMPARED] if cached_ways(inputs) else []
     progress = Progress(log, len(edits) * (1 + has_lora) + REPEATS * len(compared) * (2 + len(cached_ways(inputs))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -41,6 +41,10 @@ class GenerateConfig(Settings):
 
     seed: int = 0
     """Seed of the initial noise."""
+
+    offload: Literal["auto", "none", "components", "layers"] = "auto"
+    """What lies on the GPU: all (`none`), one component at a time, or one layer at a time; `auto` takes the fastest
+    that the free memory allows."""
 
     @field_validator("image", mode="before")
     @classmethod
