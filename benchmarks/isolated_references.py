@@ -1,6 +1,6 @@
 """What isolated references cost in edit quality, and that their cache is exact: on the bundled model, fine-tuned.
 
-    python benchmarks/isolated_references.py [--steps 1200] [--rank 12] [--work-dir runs/isolated-references]
+    python benchmarks/isolated_references.py [--steps 4000] [--rank 12] [--work-dir runs/isolated-references]
 
 Two LoRAs are trained on the same general edits of the bundled data generator, with the same batches, noise and seed:
 one with isolated references, one with full visibility, so that what fine-tuning itself changes is seen too. Then held-
@@ -194,11 +194,11 @@ def line(row: dict[str, Any]) -> str:
 def main() -> None:
     """Encode, train, compare, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps (default 1200)")
+    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps (default 4000)")
     parser.add_argument("--rank", type=int, default=12, help="LoRA rank (default 12)")
     parser.add_argument("--batch-size", type=int, default=16, help="edits a step (default 16)")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate (default 2e-3)")
-    parser.add_argument("--chunks", type=int, default=8, help=f"thousands of edits to train on, {CHUNK} each (8)")
+    parser.add_argument("--chunks", type=int, default=4, help=f"training edits, in lots of {CHUNK} (default 4)")
     parser.add_argument("--held-out", type=int, default=32, help="held-out edits (default 32)")
     parser.add_argument("--sampling-steps", type=int, nargs="+", default=[8, 28], help="denoising steps (8 28)")
     parser.add_argument("--only", choices=VISIBILITIES, help="train this LoRA alone, and compare nothing")
