@@ -27,6 +27,22 @@ BUNDLED = "bundled"
 """Value of `model.path` that stands for the small model that comes with dittocache."""
 
 
+_IN_PLAIN_WORDS: Mapping[str, str] = {
+    "path_type": "a path",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "finite_number": "a number that is not infinite",
+    "string_type": "text",
+    "list_type": "a list",
+}
+"""What pydantic's types of errors say was expected."""
+
+
 class ModelConfig(Settings):
     """The checkpoint that is trained and sampled."""
 
@@ -218,6 +234,8 @@ def _problem(details: ErrorDetails) -> str:
         return f"{name}: there is no such setting{_suggestion(name)}"
     if details["type"] == "missing":
         return f"{name} is missing{_what_it_is(name)}"
+    if details["type"] == "value_error" and isinstance(details["input"], Mapping):  # settings that do not go together
+        return f"{name}: {details['msg'].removeprefix('Value error, ')}"
     return f"{name}: found {details['input']!r}; expected {_expectation(name, details)}"
 
 
@@ -227,17 +245,23 @@ def _expectation(name: str, details: ErrorDetails) -> str:
         return _descriptions().get(name, "other characters")
     if details["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return "a section with settings of its own"
-    if details["type"] == "path_type":
-        return "a path"
+    if details["type"] in _IN_PLAIN_WORDS:
+        return _IN_PLAIN_WORDS[details["type"]]
     message = details["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return message[:1].lower() + message[1:]
 
 
 def _suggestion(name: str) -> str:
-    """The setting that was probably meant: spelt alike, or of the same name in another section."""
+    """The setting that was probably meant: spelt alike, or of the same name in another section.
+
+    In its own section a name that ends so is nearer: `generate.steps` means `generate.num_inference_steps`.
+    """
     known = [setting for setting, _ in setting_fields()]
     known += sorted({setting.rpartition(".")[0] for setting in known if "." in setting})
-    last = name.rpartition(".")[2]
+    section, _, last = name.rpartition(".")
+    ending = [setting for setting in known if setting.startswith(f"{section}.") and setting.endswith(f"_{last}")]
+    if len(ending) == 1:
+        return f"; did you mean {ending[0]}?"
     near = [setting for setting in known if setting.rpartition(".")[2] == last]
     near += difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     if not near:

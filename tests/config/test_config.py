@@ -69,7 +69,7 @@ def test_every_problem_is_listed_at_once_with_its_dotted_name() -> None:
     assert "found 'bf16'; expected 'bfloat16', 'float16' or 'float32'" in by_name["model.dtype"]
     assert "found 0; expected greater than or equal to 1" in by_name["train.steps"]
     assert "did you mean train.steps?" in by_name["train.stpes"]
-    assert "found 'many'; expected a valid integer" in by_name["cache.batch_size"]
+    assert "found 'many'; expected a whole number" in by_name["cache.batch_size"]
     assert "found 5; expected a path" in by_name["generate.image.0"] or "path" in by_name["generate.image.0"]
     assert "found 'a/b'; expected Name of the run's folder" in by_name["name"]
 
@@ -88,12 +88,24 @@ def test_missing_sections_say_what_they_need() -> None:
         ("trian.steps", "train"),
         ("train.learning_rte", "train.learning_rate"),
         ("generate.rank", "train.rank"),  # right name, other section
+        ("generate.steps", "generate.num_inference_steps"),  # end of a name in its own section
         ("teacache.rel_l1_tresh", "teacache.rel_l1_thresh"),
     ],
 )
 def test_unknown_settings_get_the_nearest_name(wrong: str, meant: str) -> None:
     [problem] = problems_of(SMALLEST, {wrong: "1"})
     assert problem.endswith(f"did you mean {meant}?")
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+def test_numbers_are_finite(number: str) -> None:
+    [problem] = problems_of(SMALLEST, {"train.learning_rate": number})
+    assert problem.startswith(f"train.learning_rate: found {number!r}; expected ")
+
+
+def test_settings_that_do_not_go_together_are_told_without_the_whole_section() -> None:
+    [problem] = problems_of(SMALLEST, {"train.offload": "group"})
+    assert problem.startswith("train: offload: group needs gradient_checkpointing: true; without it")
 
 
 def test_unlike_names_get_no_suggestion() -> None:
@@ -285,4 +297,4 @@ def test_the_specs_training_sections_may_be_empty_off_or_wrong() -> None:
     [both] = problems_of(with_settings(train={"learning_rate": 1e-3}) | {"optimizer": {"init_args": {"lr": 1e-4}}})
     assert "optimizer.init_args.lr is 0.0001 but train.learning_rate is 0.001" in both
     [offload] = problems_of(with_settings(train={"offload": "group"}))
-    assert "train.gradient_checkpointing true" in offload
+    assert "needs gradient_checkpointing: true" in offload

@@ -116,11 +116,11 @@ def test_data_sets_of_the_hub_are_refused_and_say_how_to_get_them() -> None:
     assert any("hf download --repo-type dataset" in problem for problem in found)
 
 
-def test_one_of_steps_and_epochs() -> None:
+def test_steps_and_epochs() -> None:
     assert check_config(merged(SMALLEST, nested("train.num_epochs", 7))).train.epochs == 7
     assert check_config(merged(SMALLEST, {"train": {"num_epochs": None, "max_train_steps": 9}})).train.steps == 9
-    both = {"num_epochs": 7, "max_train_steps": 9}
-    assert problems_of("train", both) == ["train.num_epochs: found 7 beside 9 steps; one of both counts: take one away"]
+    both = check_config(merged(SMALLEST, {"train": {"num_epochs": 7, "max_train_steps": 9}})).train
+    assert (both.epochs, both.most_steps) == (7, 9)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from tests.training.conftest import MemoryReader
 
 from dittocache.demo.tiny import tiny_pipeline
@@ -77,17 +76,17 @@ def test_steps_stay_as_they_are() -> None:
     assert with_steps(TrainConfig(steps=7), 3, 1).steps == 7
 
 
-@pytest.mark.parametrize("given", [{"epochs": 2}, {"epochs": 2, "steps": None}, {"steps": 9}, {}])
+@pytest.mark.parametrize("given", [{"epochs": 2}, {"epochs": 2, "steps": None}, {"steps": 9}, {"epochs": 2, "steps": 9}, {}])
 def test_either_is_saved_and_read_again(given: dict[str, Any]) -> None:
     config = TrainConfig.model_validate(given)
     again = TrainConfig.model_validate(config.model_dump(mode="json"))
-    assert (again.epochs, again.steps) == (config.epochs, config.steps)
+    assert (again.epochs, again.steps, again.most_steps) == (config.epochs, config.steps, config.most_steps)
     assert (config.epochs, config.steps) == (given.get("epochs"), given.get("steps") or 1000)
 
 
-def test_both_are_refused() -> None:
-    with pytest.raises(ValidationError, match=r"train\.steps or train\.epochs, not both"):
-        TrainConfig(steps=5, epochs=1)
+@pytest.mark.parametrize(("epochs", "steps", "expected"), [(1, 5, 5), (1, 9, 7), (2, 9, 9)])
+def test_of_both_what_is_reached_first_counts(epochs: int, steps: int, expected: int) -> None:
+    assert with_steps(TrainConfig(epochs=epochs, steps=steps), epoch_length=7, processes=1).steps == expected
 
 
 def test_epochs_with_repeats_resumed_are_the_uninterrupted_run(

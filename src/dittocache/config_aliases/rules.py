@@ -103,7 +103,7 @@ def apply_rules(settings: dict[str, Any], problems: list[str]) -> None:
         if value is not None and not str(value).endswith(endings):
             problems.append(f"{name}: found {value!r}; other classes cannot be loaded: leave it out")
     taken(settings, "model.lora.adapter_name", None)  # a saved LoRA bears no name
-    for rule in (_trainer, _quantize, _epochs, _data_set, _drop_keys, _live_devices, _predict_devices, apply_loss):
+    for rule in (_trainer, _quantize, _data_set, _drop_keys, _live_devices, _predict_devices, apply_loss):
         rule(settings, problems)
     apply_sizes(settings, problems)
 
@@ -142,17 +142,6 @@ def _data_set(settings: dict[str, Any], problems: list[str]) -> None:
         put(settings, "data.path", several[0], name, problems)
     else:
         put(settings, "data.sets", [{"path": path} for path in several], name, problems)
-
-
-def _epochs(settings: dict[str, Any], problems: list[str]) -> None:
-    """Both limits may stand in the specification's configs, where the first that is reached counts."""
-    train = settings.get("train")
-    if not isinstance(train, dict) or train.get("num_epochs") is None:
-        return
-    steps = train.get("max_train_steps", train.get("steps"))
-    if steps is not None:
-        found = train.pop("num_epochs")
-        problems.append(f"train.num_epochs: found {found!r} beside {steps!r} steps; one of both counts: take one away")
 
 
 def _drop_keys(settings: dict[str, Any], problems: list[str]) -> None:

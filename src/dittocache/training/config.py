@@ -16,7 +16,7 @@ class TrainConfig(Settings):
     """Optimizer steps."""
 
     epochs: int | None = Field(default=None, ge=1)
-    """Passes over the data set, repeats included, in place of `steps`, which then follow from it."""
+    """Passes over the data set, repeats included, in place of `steps`; where both are given, what is reached first."""
 
     batch_size: int = Field(default=1, ge=1)
     """Samples that pass the transformer at once, on each process."""
@@ -135,18 +135,21 @@ class TrainConfig(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_steps_beside_epochs(cls, settings: Any) -> Any:
-        if not isinstance(settings, dict) or settings.get("epochs") is None:
+    def _no_steps_are_the_default(cls, settings: Any) -> Any:
+        if not isinstance(settings, dict) or settings.get("epochs") is None or settings.get("steps") is not None:
             return settings
-        if settings.get("steps") is not None:
-            raise ValueError("train.steps or train.epochs, not both; take one away, or set it to null")
         return {name: value for name, value in settings.items() if name != "steps"}
 
+    @property
+    def most_steps(self) -> int | None:
+        """Where training ends at the latest; None where `epochs` alone decide."""
+        return None if self.epochs is not None and "steps" not in self.model_fields_set else self.steps
+
     @model_serializer(mode="wrap")
-    def _saved_with_one_of_both(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `steps` where `epochs` count, so that what was saved can be read again."""
+    def _saved_as_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `steps` where `epochs` alone count, so that what was saved says the same when it is read again."""
         settings: dict[str, Any] = handler(self)
-        if self.epochs is not None:
+        if self.most_steps is None:
             settings.pop("steps", None)
         return settings
 
@@ -172,8 +175,8 @@ class TrainConfig(Settings):
     def _offloaded_blocks_come_back_for_the_backward_pass(self) -> Self:
         if self.offload == "group" and not self.gradient_checkpointing:
             raise ValueError(
-                "train.gradient_checkpointing true beside train.offload group: without it the backward pass "
-                "would keep every block on the GPU"
+                "offload: group needs gradient_checkpointing: true; without it the backward pass would keep every "
+                "block on the GPU"
             )
         return self
 

@@ -91,6 +91,8 @@ def timestep_shift(config: TrainConfig, tokens: int) -> float:
 def with_steps(config: TrainConfig, epoch_length: int, processes: int) -> TrainConfig:
     """The settings with `steps` in place of `epochs`: as many as it takes to see everything that often.
 
+    Where `steps` were given too, no more than these.
+
     Args:
         epoch_length: samples that an epoch holds, each counted as often as it is repeated.
         processes: that share the work.
@@ -98,7 +100,10 @@ def with_steps(config: TrainConfig, epoch_length: int, processes: int) -> TrainC
     if config.epochs is None:
         return config
     batch = config.batch_size * config.gradient_accumulation_steps * processes
-    return config.model_copy(update={"epochs": None, "steps": max(1, math.ceil(config.epochs * epoch_length / batch))})
+    steps = max(1, math.ceil(config.epochs * epoch_length / batch))
+    if config.most_steps is not None:
+        steps = min(steps, config.most_steps)
+    return config.model_copy(update={"epochs": None, "steps": steps})
 
 
 def epoch_length(names: Sequence[str], repeats: Mapping[str, int]) -> int:
