@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Settings(BaseModel):
-    """Base of every settings section: immutable, finite numbers, and an unknown key is an error rather than a silent no-op."""
+    """Base of every settings section: immutable; numbers are finite; an unknown key is an error, no silent no-op."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)

@@ -76,7 +76,9 @@ def test_steps_stay_as_they_are() -> None:
     assert with_steps(TrainConfig(steps=7), 3, 1).steps == 7
 
 
-@pytest.mark.parametrize("given", [{"epochs": 2}, {"epochs": 2, "steps": None}, {"steps": 9}, {"epochs": 2, "steps": 9}, {}])
+@pytest.mark.parametrize(
+    "given", [{"epochs": 2}, {"epochs": 2, "steps": None}, {"steps": 9}, {"epochs": 2, "steps": 9}, {}]
+)
 def test_either_is_saved_and_read_again(given: dict[str, Any]) -> None:
     config = TrainConfig.model_validate(given)
     again = TrainConfig.model_validate(config.model_dump(mode="json"))
