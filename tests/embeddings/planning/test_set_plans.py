@@ -108,7 +108,7 @@ CHANGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("change", "expected"), CHANGES, ids=lambda value: ",".join(map(str, value)))
+@pytest.mark.parametrize(("change", "expected"), CHANGES, ids=lambda value: ",".join(sorted(map(str, value))))
 def test_a_changed_setting_is_seen_and_named(planner: Planner, change: dict[str, Any], expected: set[str]) -> None:
     before = planner()
     again = planner(previous=before.manifest, **change)
