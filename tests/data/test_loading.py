@@ -146,7 +146,7 @@ def test_a_file_that_is_called_as_a_variant_of_another_is_named(tmp_path: Path) 
 def test_a_step_that_the_model_cannot_take_is_named(tmp_path: Path) -> None:
     folder = make_set(tmp_path / "set")
     assert loaded(path=folder, bucket_step=32)[0].size == (64, 64)
-    assert problems(path=folder, bucket_step=24) == ["bucket_step: found 24; this model needs a multiple of 16"]
+    assert problems(path=folder, bucket_step=24) == ["found bucket_step 24; this model needs a multiple of 16"]
 
 
 def test_what_does_not_count_for_a_folder_is_told(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_all_problems_of_all_sets_are_listed_at_once(folder: Path) -> None:
         "controls/a.png cannot be read",
         "empty holds no picture",
         "nowhere is not a folder",
-        "bucket_step: found 24; this model needs a multiple of 16",
+        "found bucket_step 24; this model needs a multiple of 16",
     ):
         assert [problem for problem in found if words in problem], (words, found)
     assert len(found) == 6

@@ -152,7 +152,7 @@ def test_a_mirrored_sample_is_what_mirrored_files_are(pipe: Any, sample: Sample,
 @pytest.mark.parametrize("count", [0, 2])
 def test_anything_but_one_reference_is_refused(sample: Sample, count: int) -> None:
     unfit = replace(sample, controls=sample.controls * count)
-    with pytest.raises(DataError, match=f"sample 'a' has {count} control pictures .*exactly one"):
+    with pytest.raises(DataError, match=f"sample 'a' has {count} control pictures; .*exactly one"):
         KONTEXT.artifacts(unfit, SIZES)
 
 

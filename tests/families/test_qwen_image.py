@@ -43,9 +43,13 @@ def sample(tmp_path: Path) -> Sample:
 @pytest.mark.parametrize(
     ("family_name", "controls", "problem"),
     [
-        ("qwen-image", 1, r"'one' has control pictures \(.*control\.png\); qwen-image makes pictures from text alone"),
+        ("qwen-image", 1, "'one' has control pictures, which qwen-image cannot use: it makes pictures from text alone"),
         ("qwen-image-edit", 0, "'one' has 0 control pictures; qwen-image-edit edits exactly one"),
-        ("qwen-image-edit", 2, "'one' has 2 control pictures; .*choose qwen-image-edit-plus for several"),
+        (
+            "qwen-image-edit",
+            2,
+            "'one' has 2 control pictures; .*choose a checkpoint of qwen-image-edit-plus for several",
+        ),
         ("qwen-image-edit-plus", 0, "'one' has no control picture; qwen-image-edit-plus edits pictures"),
     ],
 )

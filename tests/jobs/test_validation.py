@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dittocache.config import RunConfig, check_config
+from dittocache.demo.tiny import save_tiny
 from dittocache.errors import ConfigError
 from dittocache.events import EventLog, read_events
 from dittocache.jobs import inputs as run_inputs
@@ -92,9 +93,21 @@ def test_a_missing_model_and_an_unknown_family_are_told_with_the_rest(config: Ru
 
 def test_a_set_without_controls_is_no_set_for_an_edit_family(config: RunConfig) -> None:
     shutil.rmtree(config.data.path / "control_images")
-    found = problems_of(config)
-    assert len(found) == 4
-    assert all("has no control picture" in problem and problem.startswith("data.path: ") for problem in found)
+    [problem] = problems_of(config)
+    assert problem.startswith("data.path: sample 'edit-0' has no control picture; ")
+    assert problem.endswith("; the same holds for all 4 samples")
+
+
+def test_samples_of_which_the_same_is_to_be_said_share_a_line(config: RunConfig) -> None:
+    model = save_tiny(config.output_dir / "kontext", "flux-kontext")
+    for name in ("edit-1", "edit-3"):
+        shutil.copy(
+            config.data.path / "control_images" / f"{name}.png",
+            config.data.path / "control_images" / f"{name}_control_1.png",
+        )
+    [problem] = problems_of(changed(config, {"model.path": str(model), "model.family": None}))
+    assert problem.startswith("data.path: sample 'edit-1' has 2 control pictures; ")
+    assert problem.endswith("; the same holds for 1 more: 'edit-3'")
 
 
 def test_the_bundled_model_at_a_real_size_is_refused(config: RunConfig) -> None:

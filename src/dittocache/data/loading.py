@@ -35,7 +35,7 @@ def load_samples(config: DataConfig, size_multiple: int, memory: Path | None) ->
     for source, name in zip(sources, names, strict=True):
         step = source.config.bucket_step
         if step is not None and step % size_multiple:
-            problems.append(f"bucket_step: found {step}; this model needs a multiple of {size_multiple}")
+            problems.append(f"found bucket_step {step}; this model needs a multiple of {size_multiple}")
         treatment = treatment_of(source.config, size_multiple, config.side, f"{name}/" if len(sources) > 1 else "")
         try:
             parts.append(_load(source, treatment, memory))

@@ -22,8 +22,7 @@ class Flux(FluxFamily):
         """None; raises DataError where the sample has control pictures."""
         if sample.controls:
             raise DataError(
-                f"sample {sample.name!r} has control pictures that {self.name} cannot use: "
-                f"{', '.join(map(str, sample.controls))}; FLUX.1 text to image takes none: remove them, "
-                "or choose flux-kontext with a FLUX.1-Kontext checkpoint"
+                f"sample {sample.name!r} has control pictures, which {self.name} cannot use: it makes pictures from "
+                "text alone; remove them, or choose flux-kontext with a FLUX.1-Kontext checkpoint"
             )
         return []

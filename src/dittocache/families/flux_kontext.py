@@ -32,11 +32,10 @@ class FluxKontext(FluxFamily):
     def controls(self, sample: Sample, sizes: Sizes, size_of: SizeOf = picture_size) -> list[PictureRequest]:
         """The one reference; raises DataError where the sample has none or several."""
         if len(sample.controls) != 1:
-            found = ", ".join(map(str, sample.controls)) or "none"
             raise DataError(
-                f"sample {sample.name!r} has {len(sample.controls)} control pictures ({found}); {self.name} edits "
-                "exactly one, as its pipeline does: give one, join several into one picture, or choose "
-                "qwen-image-edit-plus, which takes several"
+                f"sample {sample.name!r} has {len(sample.controls)} control pictures; {self.name} edits exactly one, "
+                "as its pipeline does: give one (control_images/ beside training_images/), join several into one "
+                "picture, or choose a checkpoint of qwen-image-edit-plus for several, flux for none"
             )
         [path] = sample.controls
         resolution = sizes.resolution if sample.control_resolution is None else sample.control_resolution

@@ -29,8 +29,8 @@ class QwenImage(QwenImageFamily):
         """Raise DataError where there are control pictures."""
         if sample.controls:
             raise DataError(
-                f"sample {sample.name!r} has control pictures ({', '.join(map(str, sample.controls))}); {self.name} "
-                "makes pictures from text alone: remove them, or choose a family that edits"
+                f"sample {sample.name!r} has control pictures, which {self.name} cannot use: it makes pictures from "
+                "text alone; remove them, or choose a checkpoint that edits"
             )
 
     def condition_pictures(self, sample: Sample, sizes: Sizes) -> list[PictureRequest]:

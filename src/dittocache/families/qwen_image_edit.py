@@ -30,7 +30,8 @@ class QwenImageEdit(QwenImageFamily):
         if len(sample.controls) != 1:
             raise DataError(
                 f"sample {sample.name!r} has {len(sample.controls)} control pictures; {self.name} edits exactly one: "
-                "give one, or choose qwen-image-edit-plus for several, qwen-image for none"
+                "give one (control_images/ beside training_images/), or choose a checkpoint of qwen-image-edit-plus "
+                "for several, qwen-image for none"
             )
 
     def condition_pictures(self, sample: Sample, sizes: Sizes) -> list[PictureRequest]:

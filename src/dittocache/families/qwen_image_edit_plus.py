@@ -29,8 +29,8 @@ class QwenImageEditPlus(QwenImageFamily):
         """Raise DataError where there is no control picture."""
         if not sample.controls:
             raise DataError(
-                f"sample {sample.name!r} has no control picture; {self.name} edits pictures: give at least one, "
-                "or choose a text-to-image family"
+                f"sample {sample.name!r} has no control picture; {self.name} edits pictures: give at least one "
+                "(control_images/ beside training_images/), or choose a text-to-image checkpoint"
             )
 
     def condition_pictures(self, sample: Sample, sizes: Sizes) -> list[PictureRequest]:

@@ -168,9 +168,24 @@ def _check_data(inputs: RunInputs, problems: list[str]) -> None:
         with _listed(problems, f"{field}: "):
             samples = read()
         problems.extend(visibility_problems(inputs.config.train, inputs.family.name, samples))
-        for sample in samples:
-            with _listed(problems, f"{field}: "):
-                inputs.family.artifacts(sample, inputs.sizes)
+        problems.extend(f"{field}: {problem}" for problem in _unfit(samples, inputs))
+
+
+def _unfit(samples: Sequence[Sample], inputs: RunInputs) -> list[str]:
+    """What the family cannot use: a line for all samples of which the same is to be said, with all their names."""
+    alike: dict[str, list[tuple[str, str]]] = {}
+    for sample in samples:
+        found: list[str] = []
+        with _listed(found):
+            inputs.family.artifacts(sample, inputs.sizes)
+        for problem in found:
+            alike.setdefault(problem.replace(repr(sample.name), ""), []).append((sample.name, problem))
+    lines = []
+    for (_, first), *others in alike.values():
+        names = ", ".join(repr(name) for name, _ in others)
+        which = f"all {len(samples)} samples" if len(others) + 1 == len(samples) else f"{len(others)} more: {names}"
+        lines.append(f"{first}; the same holds for {which}" if others else first)
+    return lines
 
 
 @contextmanager
