@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dittocache.errors import StageError, StoreUnavailableError
+from dittocache.errors import ConfigError, StageError
 from dittocache.events import EventLog
 from dittocache.jobs.run_folder import held_folder, is_locked, run_status
 
@@ -66,7 +66,7 @@ def test_a_killed_holder_is_seen_as_dead_at_once(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(StoreUnavailableError, match="run folder .*file/run cannot be written"),
+        pytest.raises(ConfigError, match="run folder .*file/run cannot be written"),
         held_folder(tmp_path / "file" / "run"),
     ):
         pass

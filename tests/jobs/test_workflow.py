@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 
-from dittocache.config import RunConfig, check_config
+from dittocache.config import RunConfig, check_config, load_config
 from dittocache.errors import StageError
 from dittocache.events import Event, read_events
 from dittocache.jobs import workflow
 from dittocache.jobs.run_folder import is_locked, run_status
 from dittocache.jobs.stages import TRAIN
 from dittocache.jobs.workflow import StageFailed, WorkflowStopped, run_workflow
+from dittocache.training.config import TrainConfig
 
 Play = Callable[[dict[str, Any]], str]
 
@@ -72,6 +73,37 @@ def test_what_an_earlier_validation_found_does_not_count(run: RunConfig, play: P
     heard: list[Event] = []
     run_workflow(run, TRAIN, heard.append, python=play({}))
     assert all(event["command"] for event in heard if event["kind"] == "stage_started")
+
+
+def test_an_error_that_says_it_all_is_told_once(run: RunConfig, play: Play) -> None:
+    error = "step 2: the loss is nan"
+    failed = {"error": error, "hint": "", "returncode": 1}
+    with pytest.raises(StageFailed) as caught:
+        run_workflow(
+            run, ["train"], python=play({"train": {"stderr": f"a bar\n{error}\n", "failed": failed, "code": 1}})
+        )
+    assert str(caught.value).splitlines() == [
+        f"stage train failed (return code 1): {error}",
+        f"the whole log: {run.run_dir / 'log.txt'}",
+    ]
+
+
+def test_settings_that_validation_refuses_do_not_stay(run: RunConfig, play: Play) -> None:
+    failed = {"error": "a wrong family", "hint": "", "returncode": 2}
+    file = run.run_dir / "config.yaml"
+    refused = {"validate": {"failed": failed, "code": 2}}
+    with pytest.raises(StageFailed):
+        run_workflow(run, TRAIN, python=play(refused))
+    assert not file.exists()
+    run_workflow(run, TRAIN, python=play({}))
+    former = file.read_bytes()
+    changed = run.model_copy(update={"train": TrainConfig(rank=3)})
+    with pytest.raises(StageFailed):
+        run_workflow(changed, TRAIN, python=play(refused))
+    assert file.read_bytes() == former
+    with pytest.raises(StageFailed):
+        run_workflow(changed, TRAIN, python=play({"train": {"failed": failed, "code": 2}}))
+    assert load_config(file) == changed  # for the run that goes on where this one ended
 
 
 def test_the_first_failure_stops_the_rest_and_tells_code_output_and_hint(run: RunConfig, play: Play) -> None:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dittocache.errors import StageError, StoreUnavailableError
+from dittocache.errors import ConfigError, StageError
 from dittocache.events import Event, read_events
 
 CONFIG_NAME = "config.yaml"
@@ -93,13 +93,13 @@ def held_folder(run_dir: Path, wait_seconds: float = 10.0) -> Iterator[int]:
     """Hold the folder for this process and those that inherit the yielded descriptor.
 
     Waits a little for a stage that is ending; raises StageError when another run is at work there, and
-    StoreUnavailableError when the folder cannot be made or written.
+    ConfigError when the folder cannot be made or written.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(run_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise StoreUnavailableError(
+        raise ConfigError(
             f"the run folder {run_dir} cannot be written ({error.strerror or error}); choose another output_dir or name"
         ) from error
     try:

@@ -30,9 +30,10 @@ KILL_AFTER_SECONDS = 10.0
 class StageFailed(StageError):
     """A stage ended with an error; `returncode` is that of its process."""
 
-    def __init__(self, message: str, returncode: int) -> None:
+    def __init__(self, message: str, returncode: int, stage: str = "") -> None:
         super().__init__(message)
         self.returncode = returncode
+        self.stage = stage
 
 
 class WorkflowStopped(StageError):
@@ -64,7 +65,7 @@ def run_workflow(
     """
     config, stages = _part_of_rank(config, stages)
     run_dir = config.run_dir
-    with held_folder(run_dir) as lock:
+    with held_folder(run_dir) as lock, _former_settings_if_refused(run_dir / CONFIG_NAME):
         save_config(config, run_dir / CONFIG_NAME)
         path = run_dir / EVENTS_NAME
         offset = path.stat().st_size if path.exists() else 0
@@ -90,6 +91,20 @@ def _part_of_rank(config: RunConfig, stages: Sequence[str]) -> tuple[RunConfig, 
         return config.model_copy(update={"train": config.train.model_copy(update={"processes": processes})}), stages
     own = {"output_dir": config.run_dir / WORKERS_NAME, "name": f"rank-{rank.index}"}
     return config.model_copy(update=own), [stage for stage in stages if stage in CACHING]
+
+
+@contextlib.contextmanager
+def _former_settings_if_refused(file: Path) -> Iterator[None]:
+    """Where validation refuses the run, put the settings back that `file` held: the next command starts from them."""
+    former = file.read_bytes() if file.is_file() else None
+    try:
+        yield
+    except StageFailed as failed:
+        if failed.stage == "validate" and former is not None:
+            file.write_bytes(former)
+        elif failed.stage == "validate":
+            file.unlink(missing_ok=True)
+        raise
 
 
 def _groups(config: RunConfig, stages: Sequence[str]) -> list[list[str]]:
@@ -167,13 +182,14 @@ def _check_end(process: StageProcess, returncode: int, run_dir: Path, offset: in
         EventLog(path, stage).emit("stage_failed", returncode=returncode, stopped=stopped, **failure)
     if stopped or returncode in STOPPED_CODES:
         raise WorkflowStopped(f"stage {stage} was stopped; the same command goes on from here")
-    raise StageFailed(_failure_message(stage, returncode, failure, process.output(), run_dir), returncode)
+    raise StageFailed(_failure_message(stage, returncode, failure, process.output(), run_dir), returncode, stage)
 
 
 def _failure_message(stage: str, returncode: int, failure: Event, output: str, run_dir: Path) -> str:
     lines = [f"stage {stage} failed ({describe_returncode(returncode)}): {failure['error']}"]
     tail = last_lines(output)
-    if tail and tail != failure["error"].strip() and returncode != 2:
+    told = tail.endswith(failure["error"].strip()) and "Traceback (most recent call last)" not in output
+    if tail and not told and returncode != 2:
         lines += ["the end of its output:", *(f"  | {line}" for line in tail.splitlines())]
     if failure["hint"]:
         lines.append(f"hint: {failure['hint']}")
