@@ -16,11 +16,16 @@ from dittocache.demo.tiny import save_tiny
 from dittocache.errors import ConfigError
 from dittocache.families.defaults import suggested_settings
 from dittocache.families.registry import FAMILIES
-from dittocache.jobs import quick_start
 from dittocache.jobs.inputs import RunInputs
 from dittocache.jobs.live_encoders import LiveEncoders
 from dittocache.jobs.quick_start import quick_config, run_name, steps_for
-from dittocache.jobs.training_memory import encoder_bytes, fit_to_memory, live_encoder_bytes, sample_size
+from dittocache.jobs.training_memory import (
+    encoder_bytes,
+    fit_to_memory,
+    free_machine_bytes,
+    live_encoder_bytes,
+    sample_size,
+)
 from dittocache.training.fitting import CHOICES
 from dittocache.training.memory_plan import RESERVED
 
@@ -137,7 +142,7 @@ def test_memory_is_looked_at_on_a_gpu_only_and_only_where_the_user_said_nothing(
 
 
 def test_what_is_free_follows_from_the_machine() -> None:
-    assert 10**8 < quick_start.free_machine_bytes() < 10**14
+    assert 10**8 < free_machine_bytes() < 10**14
 
 
 @pytest.mark.parametrize("family", FAMILIES)

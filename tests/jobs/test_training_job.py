@@ -17,6 +17,7 @@ from tests.training.processes import environment
 from dittocache.config import RunConfig, check_config, save_config
 from dittocache.errors import ConfigError
 from dittocache.events import Event, EventLog, read_events
+from dittocache.jobs import training_memory
 from dittocache.jobs.inputs import RunInputs
 from dittocache.jobs.lora_training import open_source
 from dittocache.jobs.training_identity import run_identity
@@ -59,6 +60,21 @@ def test_the_memory_plan_is_told_before_anything_is_loaded(config: RunConfig) ->
     )
     assert plan["lora"] == sum(tensor.nbytes for tensor in _lora(config).values())
     assert any("memory for training about" in event.get("text", "") for event in events)
+
+
+def test_memory_that_is_not_there_is_told(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+
+    def listen(event: Event) -> None:
+        if event["kind"] == "message" and event["level"] == "warning":
+            warnings.append(event["text"])
+
+    monkeypatch.setattr(training_memory, "free_machine_bytes", lambda: 1_000_000)
+    carry_out(config, *CACHED, "train", listener=listen)
+    assert [text for text in warnings if "memory" in text] == [
+        "only 1.0 MB are free on cpu, so memory will run out: lower train.batch_size or data.resolution, or set "
+        "train.gradient_checkpointing, train.base_quantization or train.offload"
+    ]
 
 
 def test_the_average_is_the_lora_to_use_and_the_raw_weights_lie_beside_it(config: RunConfig) -> None:

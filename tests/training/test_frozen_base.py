@@ -97,7 +97,7 @@ def test_offloading_on_the_cpu_says_that_it_does_nothing(family: Family, model: 
 
 
 def test_offloading_needs_gradient_checkpointing() -> None:
-    with pytest.raises(ValidationError, match="gradient_checkpointing true"):
+    with pytest.raises(ValidationError, match="needs gradient_checkpointing: true"):
         TrainConfig(offload="group")
 
 

@@ -101,6 +101,7 @@ def test_what_saves_memory_shows(checkpoint: tuple[Path, Family]) -> None:
     assert plan(base_quantization="nf4").weights < plan(base_quantization="int8").weights < plain.weights
     assert plan(optimizer="adamw8bit").optimizer < 0.3 * plain.optimizer < plan(optimizer="prodigy").optimizer
     assert plan(batch_size=3).activations == pytest.approx(3 * plain.activations, rel=0.15)
+    assert plan(batch_size=640).activations == 10 * plan(batch_size=64).activations
     checkpointed, offloaded = (plan(gradient_checkpointing=True, offload=offload) for offload in ("none", "group"))
     blocks = offloaded.working - checkpointed.working  # two of two blocks, and no more than all
     assert 0.5 * offloaded.weights < blocks <= offloaded.weights

@@ -24,7 +24,7 @@ from dittocache.jobs.picture_prompts import picture_prompts
 from dittocache.jobs.ranks import lost_processes
 from dittocache.jobs.run_folder import CHECKPOINTS_NAME, LORA_NAME
 from dittocache.jobs.training_identity import run_identity, sample_repeats
-from dittocache.jobs.training_memory import memory_plan
+from dittocache.jobs.training_memory import memory_plan, memory_warning
 from dittocache.jobs.training_pictures import TrainingPictures, validation_edits
 from dittocache.jobs.training_processes import other_processes
 from dittocache.training.accelerator import make_accelerator
@@ -60,7 +60,11 @@ def _train(inputs: RunInputs, log: EventLog) -> None:
     device = str(accelerator.device)
     folder = inputs.run_dir / CHECKPOINTS_NAME
     if accelerator.is_main_process:
-        make_room(inputs.run_dir)
+        if make_room(inputs.run_dir):
+            log.message(
+                "the training before is finished, so this one begins anew; what that one made is in "
+                f"{inputs.run_dir / PREVIOUS_NAME}"
+            )
         for line in set_aside_damaged(folder):
             log.message(line, level="warning")
     accelerator.wait_for_everyone()
@@ -70,11 +74,16 @@ def _train(inputs: RunInputs, log: EventLog) -> None:
     repeats = sample_repeats(inputs, names)
     config = with_steps(config, epoch_length(names, repeats), accelerator.num_processes)
     log.emit("result", resumed_from=done, steps=config.steps)
+    if done:
+        log.message(f"going on after step {done} of {config.steps}")
     lost = lost_processes(os.environ)
     if lost is not None:
         log.message(lost, level="warning")
     plan = memory_plan(inputs, names, source)
     log.message(plan.describe())
+    lacking = memory_warning(plan, accelerator.device)
+    if lacking is not None:
+        log.message(lacking, level="warning")
     log.emit("result", memory_plan=plan.as_dict())
 
     def warn(text: str) -> None:
@@ -166,11 +175,14 @@ def live_source(inputs: RunInputs, device: str | None = None) -> LiveSource:
     return LiveSource(encoders, inputs.family, inputs.samples, inputs.sizes, empty_prompts=empty_prompts)
 
 
-def make_room(run_dir: Path) -> None:
-    """Put a finished training's LoRA and checkpoints aside, so that this one starts anew; leave an unfinished one."""
+def make_room(run_dir: Path) -> bool:
+    """Put a finished training's LoRA and checkpoints aside, so that this one starts anew; leave an unfinished one.
+
+    Returns whether there was a finished one.
+    """
     folder = run_dir / CHECKPOINTS_NAME
     if not (folder / FINISHED_MARK).exists():
-        return
+        return False
     previous = run_dir / PREVIOUS_NAME
     shutil.rmtree(previous, ignore_errors=True)
     previous.mkdir()
@@ -179,6 +191,7 @@ def make_room(run_dir: Path) -> None:
         if (run_dir / name).exists():
             (run_dir / name).rename(previous / name)
     folder.rename(previous / CHECKPOINTS_NAME)
+    return True
 
 
 def peak_bytes() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from dittocache.families.defaults import suggested_settings
 from dittocache.jobs.demo_job import SETTINGS as DEMO_SETTINGS
 from dittocache.jobs.inputs import RunInputs
 from dittocache.jobs.run_folder import CONFIG_NAME
-from dittocache.jobs.training_memory import fit_to_memory
+from dittocache.jobs.training_memory import fit_to_memory, free_machine_bytes
 
 Notice = Callable[[str], None]
 Settings = Mapping[str, Any]
@@ -71,15 +70,6 @@ def steps_for(samples: int, samples_a_step: int) -> int:
     """Optimizer steps for a set of so many samples: each is seen 100 times, within 500 and 4000 steps."""
     wanted = round(STEPS_A_SAMPLE * samples / samples_a_step / 50) * 50
     return min(max(wanted, LEAST_STEPS), MOST_STEPS)
-
-
-def free_machine_bytes() -> int:
-    """Free memory of this machine, what the system only keeps files in included."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux: all that the machine has
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _checked(defaults: Settings, given: Settings, problems: list[str]) -> RunConfig | None:

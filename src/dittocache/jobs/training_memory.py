@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from dittocache.families.base import Family
 from dittocache.families.estimates import size_estimator
 from dittocache.jobs.inputs import RunInputs, load_manifest
 from dittocache.training.fitting import CHOICES, Fit, fitting_choice
-from dittocache.training.memory_plan import TEXT_TOKENS, BatchSize, MemoryPlan, plan_memory, plan_of
+from dittocache.training.memory_plan import TEXT_TOKENS, BatchSize, MemoryPlan, gigabytes, plan_memory, plan_of
 from dittocache.training.sources import Bucket, Source
 from dittocache.training.transformer_facts import safetensors_sizes, transformer_facts
 
@@ -39,6 +40,31 @@ def fit_to_memory(inputs: RunInputs, device_bytes: int, machine_bytes: int) -> F
     facts = transformer_facts(folder, inputs.family, config, inputs.dtype, sample_size(inputs))
     plans = [(choice, plan_of(facts, config.model_copy(update=dict(choice)))) for choice in CHOICES]
     return fitting_choice(device_bytes - live_encoder_bytes(inputs), machine_bytes, plans)
+
+
+def memory_warning(plan: MemoryPlan, device: torch.device) -> str | None:
+    """What to tell a user whose device has less free than the plan says; None where it is enough or not known."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "cpu":
+        free = free_machine_bytes()
+    else:
+        return None
+    if plan.device_total <= free:
+        return None
+    return (
+        f"only {gigabytes(free)} are free on {device}, so memory will run out: lower train.batch_size or "
+        "data.resolution, or set train.gradient_checkpointing, train.base_quantization or train.offload"
+    )
+
+
+def free_machine_bytes() -> int:
+    """Free memory of this machine, what the system only keeps files in included."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux: all that the machine has
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def sample_size(inputs: RunInputs) -> BatchSize:

@@ -23,6 +23,7 @@ from dittocache.training.optimizers import make_optimizer
 EIGHT_BIT_ADAM = 2 + 2 * 4 / 256  # bytes a parameter: two moments, each with one float32 scale for 256 values
 PRODIGY = 4 * 4  # bytes a parameter: two moments, s and the initial weight, in float32
 TEXT_TOKENS = 512  # where the prompts' true lengths are not known yet
+LARGEST_BATCH = 64  # that activations are counted for; those of larger ones grow with the batch
 
 
 @dataclass(frozen=True)
@@ -186,10 +187,11 @@ def _kept_bytes(
     transformer: Any, family: Family, config: TrainConfig, dtype: torch.dtype, size: BatchSize
 ) -> tuple[int, int]:
     """Bytes that one forward pass keeps for the backward pass, and those of the largest tensor among them."""
+    batch_size = min(config.batch_size, LARGEST_BATCH)
     inputs = family.training_inputs(
-        [_stand_in_sample(transformer.config, size)] * config.batch_size,
-        torch.zeros(config.batch_size, size.noise, transformer.config.in_channels),
-        torch.zeros(config.batch_size),
+        [_stand_in_sample(transformer.config, size)] * batch_size,
+        torch.zeros(batch_size, size.noise, transformer.config.in_channels),
+        torch.zeros(batch_size),
     )
     inputs = _without_storage(inputs)
     kept: dict[int, torch.UntypedStorage] = {}
@@ -207,7 +209,7 @@ def _kept_bytes(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         velocity_loss(transformer, inputs, dtype)
     sizes = [storage.nbytes() for storage in kept.values()]
-    return sum(sizes), max(sizes, default=0)
+    return sum(sizes) * config.batch_size // batch_size, max(sizes, default=0) * config.batch_size // batch_size
 
 
 def _stand_in_sample(config: Any, size: BatchSize) -> Tensors:
