@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dittocache.config import RunConfig, check_config, save_config
-from dittocache.errors import CacheError, ConfigError
+from dittocache.errors import CacheError, ConfigError, ModelError
 from dittocache.events import Event, EventLog, read_events
 from dittocache.jobs import generation, measurement
 from dittocache.jobs.caching import cache_latents, cache_text
@@ -23,6 +25,7 @@ from dittocache.jobs.measurement import measure
 from dittocache.jobs.reporting import Findings, report
 from dittocache.jobs.stage import run_stage
 from dittocache.jobs.validation import validate
+from dittocache.training.lora import SETTINGS_KEY
 
 STAGES = {
     "validate": validate,
@@ -210,6 +213,26 @@ def test_words_and_pictures_belong_together(config: RunConfig, overrides: dict[s
     own = check_config(config.model_dump(), overrides)
     with pytest.raises(ConfigError, match=message):
         chosen_edits(RunInputs(own, own.run_dir))
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("flux", r"lora is of a flux, the run's model is a qwen-image-edit-plus; set model\.path"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_lora_that_does_not_fit_is_told_before_anything_is_loaded(
+    config: RunConfig, family: str | None, message: str
+) -> None:
+    folder = config.run_dir / "lora"
+    folder.mkdir(parents=True)
+    file = folder / "pytorch_lora_weights.safetensors"
+    file.write_text("broken")
+    if family is not None:
+        save_file({"a": torch.zeros(1)}, file, metadata={SETTINGS_KEY: json.dumps({"family": family})})
+    with pytest.raises(ModelError, match=message):
+        generate_edits(RunInputs(config, config.run_dir), EventLog(config.run_dir / "events.jsonl", "generate"))
 
 
 def test_without_a_held_out_set_samples_of_the_data_set_are_edited(config: RunConfig) -> None:

@@ -9,18 +9,18 @@ from typing import Any
 from PIL import Image
 
 from dittocache.data.sample import Sample
-from dittocache.errors import ConfigError
+from dittocache.errors import ConfigError, ModelError
 from dittocache.events import EventLog, Progress
 from dittocache.families.pictures import open_picture
 from dittocache.jobs.edits import PLAIN, Edit, Way, make_picture
 from dittocache.jobs.inputs import RunInputs
 from dittocache.jobs.placed_pipeline import load_placed
-from dittocache.jobs.run_folder import LORA_NAME, SAMPLES_NAME
+from dittocache.jobs.run_folder import CHECKPOINTS_NAME, LORA_NAME, SAMPLES_NAME
 from dittocache.quality.metrics import capped, psnr
 from dittocache.referencekv.isolation import isolate_references
 from dittocache.sampling.generate import Picture, steps_of
 from dittocache.sampling.trace import Trace
-from dittocache.training.lora import read_reference_visibility
+from dittocache.training.lora import WEIGHT_NAME, read_reference_visibility, read_settings
 
 SHOWN_OF_DATA = 4  # samples of the training set that are edited where there is no held-out set
 COMPARED = 3  # edits that are made in every way
@@ -35,8 +35,10 @@ def generate_edits(inputs: RunInputs, log: EventLog) -> None:
     made again with each of them, with all, and with fewer plain steps. Emits a `result` that lists the pictures.
     """
     edits = chosen_edits(inputs)
-    pipe = load_placed(inputs, log)
     has_lora = (inputs.run_dir / LORA_NAME).is_dir()
+    if has_lora:
+        check_lora(inputs.run_dir / LORA_NAME, inputs.family.name)
+    pipe = load_placed(inputs, log)
     compared = edits[:COMPARED] if cached_ways(inputs) else []
     progress = Progress(log, len(edits) * (1 + has_lora) + REPEATS * len(compared) * (2 + len(cached_ways(inputs))))
     maker = _Maker(inputs, pipe, progress)
@@ -52,6 +54,22 @@ def generate_edits(inputs: RunInputs, log: EventLog) -> None:
     log.emit("result", edits=rows, held_out=bool(inputs.held_out), **_gain(rows, inputs.run_dir))
     if compared:
         log.emit("result", compared=_compared(inputs, maker, compared))
+
+
+def check_lora(folder: Path, family_name: str) -> None:
+    """Raise ModelError where the LoRA cannot be read, or was trained for another family."""
+    try:
+        family = read_settings(folder).get("family", family_name)
+    except Exception as error:  # safetensors' own class of errors, a missing file, damaged JSON
+        raise ModelError(
+            f"the LoRA {folder / WEIGHT_NAME} cannot be read ({error}); train again, or put one of "
+            f"{folder.parent / CHECKPOINTS_NAME} in its place"
+        ) from error
+    if family != family_name:
+        raise ModelError(
+            f"the LoRA in {folder} is of a {family}, the run's model is a {family_name}; set model.path to the model "
+            "that it was trained on, or train again"
+        )
 
 
 def use_lora(pipe: Any, folder: Path) -> None:
