@@ -267,5 +267,24 @@ class TestTerminal:
         )
         assert text.strip() == "Encoding prompts: 0 encoded, 40 reused"
 
+    def test_without_a_screen_a_line_a_minute_says_how_far_it_is(self) -> None:
+        stage = {"stage": "train"}
+        steps = [
+            {"kind": "progress", "time": at, "done": at, "total": 130, "speed": 1.0, "eta": 130.0 - at, **stage}
+            for at in range(1, 131)
+        ]
+        text = self.shown(
+            {"kind": "stage_started", "command": ["python"], **stage},
+            {"kind": "metric", "step": 1, "loss": 0.25, **stage},
+            *steps,
+            {"kind": "stage_finished", "seconds": 130.0, **stage},
+        )
+        assert text.splitlines() == [
+            "Training the LoRA ...",
+            "  60 of 130: loss 0.2500, 1.0/s, 1:10 min left",
+            "  120 of 130: loss 0.2500, 1.0/s, 10.0 s left",
+            "  done in 2:10 min",
+        ]
+
     def test_results_of_no_interest_say_nothing(self) -> None:
         assert describe_result({"kind": "result", "resumed_from": 0, "steps": 3}) == []

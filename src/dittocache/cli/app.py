@@ -15,7 +15,9 @@ from dittocache.cli.shared import (
     DataPath,
     ModelPath,
     Overrides,
+    follow_up,
     load_settings,
+    note,
     say,
     settings_help,
     start_job,
@@ -85,6 +87,10 @@ def train(*settings: Overrides, config: ConfigFile = None, data: DataPath = None
     lora = start_job(chosen, stages) / LORA_NAME
     if lora.is_dir():  # a launcher's other processes have none
         say(lora)
+        note(
+            f"to see what it learnt: {follow_up('generate', chosen)}; the loss and the pictures: "
+            f"{follow_up('report', chosen)}"
+        )
 
 
 @app.command(help_epilogue=settings_help())

@@ -63,6 +63,13 @@ def note(text: str) -> None:
     Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text)
 
 
+def follow_up(command: str, config: RunConfig) -> str:
+    """The command line that does something more with a run."""
+    folder = config.output_dir
+    place = [] if folder == RunConfig.model_fields["output_dir"].default else ["--output_dir", str(folder)]
+    return shlex.join(["dittocache", command, "--name", config.name, *place])
+
+
 def _only_one(option: str, value: str | None, overrides: dict[str, Any]) -> str | None:
     """What `--data` or `--data.path` says, taken out of the overrides; raises ConfigError where both say something."""
     setting = f"{option}.path"

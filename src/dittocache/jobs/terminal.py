@@ -1,4 +1,7 @@
-"""Shows a run in the terminal: a line a stage, a progress bar with speed and ETA where there is a screen."""
+"""Shows a run in the terminal: a line a stage, a progress bar with speed and ETA where there is a screen.
+
+Where there is none (a file, a pipe), a line a minute says how far the stage is.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from dittocache.events import Event
 from dittocache.jobs.run_folder import WORKFLOW
 from dittocache.jobs.stages import STAGES
+
+SECONDS_A_LINE = 60.0
+"""Time between two lines of progress where there is no screen."""
 
 _LEVEL_STYLES = {"info": "dim", "warning": "yellow", "error": "red"}
 
@@ -29,6 +35,7 @@ class TerminalListener:
             disable=not self.console.is_terminal,
         )
         self._task: TaskID | None = None
+        self._next_line = float("inf")
         self._loss = ""
         self._outcome: list[str] = []
 
@@ -47,6 +54,7 @@ class TerminalListener:
         kind = event["kind"]
         if kind == "stage_started":
             self._outcome, self._loss = [], ""
+            self._next_line = event["time"] + SECONDS_A_LINE
             if event["command"]:
                 self.console.print(f"{_title(event['stage'])} ...", markup=False)
         elif kind == "progress":
@@ -63,6 +71,12 @@ class TerminalListener:
 
     def _advance(self, event: Event) -> None:
         speed = f"{self._loss}{event['speed']:.1f}/s, {_duration(event['eta'])} left"
+        if not self.console.is_terminal:
+            self._next_line = min(self._next_line, event["time"] + SECONDS_A_LINE)
+            if event["time"] >= self._next_line and event["done"] < event["total"]:
+                self._next_line = event["time"] + SECONDS_A_LINE
+                self.console.print(f"  {event['done']} of {event['total']}: {speed}", markup=False, soft_wrap=True)
+            return
         if self._task is None:
             self._task = self._progress.add_task(_title(event["stage"]), total=event["total"], speed=speed)
         self._progress.update(self._task, completed=event["done"], total=event["total"], speed=speed)
