@@ -14,6 +14,7 @@ from dittocache.cli import cache_care
 from dittocache.embeddings.recipe import recipe_key
 from dittocache.embeddings.store import roots
 from dittocache.embeddings.store.store import Store
+from dittocache.events import Progress
 
 
 @pytest.fixture
@@ -127,3 +128,14 @@ def test_the_store_is_given_once_and_must_be_there(
 def test_a_misspelt_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["cache", "verfy"]) == 2
     assert "did you mean 'verify'" in capsys.readouterr().err
+
+
+def test_progress_never_stands_among_json(
+    store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Progress.__init__, "__defaults__", (0.0,))  # report every record
+    monkeypatch.setattr("dittocache.jobs.terminal.SECONDS_A_LINE", -1.0)  # each on a line of its own
+    assert run(store, "verify", "--json") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["records"] == 3
+    assert "1 of 3" in printed.err

@@ -17,13 +17,13 @@ from dittocache.cli.shared import (
     ModelPath,
     Overrides,
     load_settings,
+    progress_of,
     say,
     settings_help,
     start_job,
 )
 from dittocache.errors import ConfigError
 from dittocache.jobs.stages import CACHE
-from dittocache.jobs.terminal import TerminalListener
 
 cache_app = App(
     name="cache",
@@ -121,7 +121,7 @@ def import_(
     """
     from dittocache.jobs.cache_exchange import import_cache
 
-    with TerminalListener() as listener:
+    with progress_of(json) as listener:
         found = import_cache(load_settings(config, settings), tool, folder, listener, check=check, dry_run=dry_run)
     say(json_text.dumps(found.as_dict(), indent=2) if json else found.describe())
 
@@ -157,7 +157,7 @@ def export(
     """
     from dittocache.jobs.cache_exchange import export_cache
 
-    with TerminalListener() as listener:
+    with progress_of(json) as listener:
         done = export_cache(load_settings(config, settings), folder, listener, format, layout, dry_run=dry_run)
     say(json_text.dumps(done.as_dict(), indent=2) if json else done.describe())
 

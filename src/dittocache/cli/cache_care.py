@@ -12,7 +12,7 @@ from typing import Annotated, Any, Protocol
 from cyclopts import App, Parameter
 from rich.prompt import Confirm
 
-from dittocache.cli.shared import ConfigFile, Flag, Overrides, load_settings, say
+from dittocache.cli.shared import ConfigFile, Flag, Overrides, load_settings, progress_of, say
 from dittocache.errors import ConfigError
 from dittocache.events import EventLog
 from dittocache.jobs.terminal import TerminalListener
@@ -51,7 +51,7 @@ def verify(*settings: Overrides, config: ConfigFile = None, cache_dir: CacheDir 
     from dittocache.embeddings.store.verification import verify_store
 
     store = _store(config, cache_dir, settings)
-    with TerminalListener() as listener:
+    with progress_of(json) as listener:
         found = verify_store(store, log=_log("verify", listener))
     _say(found, json)
     if found.bad or found.damaged_packs:
@@ -75,7 +75,7 @@ def pack(*settings: Overrides, config: ConfigFile = None, cache_dir: CacheDir = 
     from dittocache.embeddings.store.packing import pack_records
 
     store = _store(config, cache_dir, settings)
-    with TerminalListener() as listener:
+    with progress_of(json) as listener:
         done = pack_records(store, log=_log("pack", listener))
     _say(done, json)
 
@@ -116,7 +116,7 @@ def gc(
     if not (found.records or found.temporaries or found.quarantine or found.dead_roots):
         return
     if _agreed(yes, json, "Remove them?"):
-        with TerminalListener() as listener:
+        with progress_of(json) as listener:
             done = collect(store, found, log=_log("gc", listener))
         _say(done, json)
 
@@ -180,7 +180,7 @@ def inspect(
     if record:
         say(json_text.dumps(inspection.inspect(store, record[0]), indent=2))
         return
-    with TerminalListener() as listener:
+    with progress_of(json) as listener:
         found = inspection.statistics(store, log=_log("inspect", listener))
     _say(found, json)
 

@@ -99,6 +99,11 @@ def start_job(config: RunConfig, stages: Sequence[str]) -> Path:
         return run_workflow(config, stages, listener, typed=typed)
 
 
+def progress_of(json: bool) -> TerminalListener:
+    """Shows how far a command is; beside the output where that is for programs."""
+    return TerminalListener(Console(stderr=True, highlight=False) if json else None)
+
+
 def say(text: object) -> None:
     """Print for a person or a pipe: as it is, without wrapping."""
     Console(highlight=False, markup=False, soft_wrap=True).print(str(text))
