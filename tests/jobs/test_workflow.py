@@ -137,7 +137,7 @@ def test_a_stage_that_dies_without_a_word_gets_its_event_and_hint(run: RunConfig
     assert "ended by signal SIGKILL" in message
     assert "memory ran out" in message
     status = run_status(run.run_dir)
-    assert (status.state, status.stage, status.detail) == ("failed", "train", "step 7")
+    assert (status.state, status.stage, status.detail) == ("failed", "train", "its process was killed")
 
 
 def test_the_output_of_a_stage_is_its_own(run: RunConfig, play: Play) -> None:

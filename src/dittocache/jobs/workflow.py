@@ -176,7 +176,9 @@ def _check_end(process: StageProcess, returncode: int, run_dir: Path, offset: in
     stopped = bool(stopper.requests) and returncode in STOPPED_CODES | {-signal.SIGKILL}
     if failure is None:  # killed, or never got as far as its own error handling
         output = process.output()
-        error = "stopped on request" if stopped else last_lines(output, 1) or "it left no output"
+        killed = returncode == -signal.SIGKILL  # in the middle of something: its last line says nothing of the cause
+        error = "its process was killed" if killed else last_lines(output, 1) or "it left no output"
+        error = "stopped on request" if stopped else error
         hint = "" if stopped else hint_for(returncode, output)
         failure = {"error": error, "hint": hint}
         EventLog(path, stage).emit("stage_failed", returncode=returncode, stopped=stopped, **failure)
@@ -189,7 +191,7 @@ def _failure_message(stage: str, returncode: int, failure: Event, output: str, r
     lines = [f"stage {stage} failed ({describe_returncode(returncode)}): {failure['error']}"]
     tail = last_lines(output)
     told = tail.endswith(failure["error"].strip()) and "Traceback (most recent call last)" not in output
-    if tail and not told and returncode != 2:
+    if tail and not told and returncode not in (2, -signal.SIGKILL):
         lines += ["the end of its output:", *(f"  | {line}" for line in tail.splitlines())]
     if failure["hint"]:
         lines.append(f"hint: {failure['hint']}")
