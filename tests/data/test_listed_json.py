@@ -123,3 +123,13 @@ def test_a_plain_folder_is_not_a_list(tmp_path: Path) -> None:
     picture(tmp_path / "images/a.png")
     entries, problems = read(tmp_path)
     assert entries == [] and len(problems) == 1 and "is no list of samples" in problems[0]
+
+
+def test_paths_may_start_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "pictures").mkdir()
+    target = picture(tmp_path / "pictures" / "a.png")
+    file = lines(tmp_path / "lists", {"image_path": "pictures/a.png", "caption": "red"})
+    assert problems_of(file)
+    monkeypatch.chdir(tmp_path)
+    assert [entry.target for entry in entries_of(file)] == [target]

@@ -14,27 +14,30 @@ class PictureFiles:
     list was written on Windows, with backslashes.
 
     Args:
-        folder: what relative paths are relative to.
+        folder: what relative paths are relative to; else, as musubi-tuner has it, the working directory.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = os.fspath(folder)
+        self._folders = [os.fspath(folder), os.getcwd()]
         self._listings: dict[str, tuple[str, dict[str, str]]] = {}
 
     def find(self, path: str) -> str | None:
         """The path of the file that is meant; None where there is none."""
-        found = self._find(path)
-        if found is None and "\\" in path:
-            found = self._find(path.replace("\\", "/"))
-        return found
+        for folder in self._folders:
+            found = self._find(folder, path)
+            if found is None and "\\" in path:
+                found = self._find(folder, path.replace("\\", "/"))
+            if found is not None:
+                return found
+        return None
 
-    def _find(self, path: str) -> str | None:
+    def _find(self, base: str, path: str) -> str | None:
         below, slash, name = path.rpartition("/")
-        listing = self._listings.get(below + slash)
+        folder = os.path.join(base, below + slash)
+        listing = self._listings.get(folder)
         if listing is None:
-            folder = os.path.join(self._folder, below + slash)
             prefix = folder if folder.endswith("/") else f"{folder}/"
-            listing = self._listings[below + slash] = prefix, _files(folder)
+            listing = self._listings[folder] = prefix, _files(folder)
         prefix, actual = listing[0], listing[1].get(name)
         if actual is None:
             actual = listing[1].get(unicodedata.normalize("NFC", name))
