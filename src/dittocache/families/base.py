@@ -279,6 +279,10 @@ class TransformerAdapter(Protocol):
         """The same forward pass without reference tokens; positions stay those of the full sequence."""
         ...
 
+    def rows(self, forward_kwargs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any] | None:
+        """The same forward pass for some samples of the batch, in this order; None where it cannot be divided."""
+        ...
+
     def noise_only_block(self, block_kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
         """Keyword arguments of one block with what the forward still made for all image tokens cut to the noise."""
         ...

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dittocache.families.base import CacheContext, JointQKV, Polynomial, TokenLayout
+from dittocache.families.batch_rows import batch_rows
 from dittocache.families.lora_scale import lora_scaled, without_scale
 
 
@@ -73,6 +74,12 @@ class FluxTransformerAdapter:
             if kwargs.get(name) is not None:
                 kwargs[name] = [residual[:, : layout.noise] for residual in kwargs[name]]
         return kwargs
+
+    def rows(self, forward_kwargs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any] | None:
+        """Every tensor has a row for each sample but the ids, which all samples share."""
+        if (forward_kwargs.get("joint_attention_kwargs") or {}).keys() - {"scale"}:
+            return None  # an image prompt adapter's own tensors
+        return batch_rows(forward_kwargs, rows, (), whole=("img_ids", "txt_ids", "joint_attention_kwargs"))
 
     def noise_only_block(self, block_kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
         """Nothing is left to cut: the frequencies follow from the ids."""

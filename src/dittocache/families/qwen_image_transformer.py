@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dittocache.families.base import CacheContext, JointQKV, Polynomial, TokenLayout
+from dittocache.families.batch_rows import batch_rows
 from dittocache.families.lora_scale import lora_scaled, without_scale
 
 SPEC_POLYNOMIAL = Polynomial(
@@ -75,6 +76,10 @@ class QwenImageTransformerAdapter:
         if residuals is not None:
             kwargs["controlnet_block_samples"] = [residual[:, : layout.noise] for residual in residuals]
         return kwargs
+
+    def rows(self, forward_kwargs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any] | None:
+        """Every tensor has a row for each sample, `img_shapes` and `txt_seq_lens` an entry."""
+        return batch_rows(forward_kwargs, rows, ("img_shapes", "txt_seq_lens"), whole=("attention_kwargs",))
 
     def noise_only_block(self, block_kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
         """Cut `modulate_index` `(B, N + R)` and the image half of the RoPE frequencies."""

@@ -48,6 +48,7 @@ class DenoisingCall:
         cause: why it was computed or skipped, in words.
         distance: relative L1 distance to the step before, where it was measured.
         references: `computed` or `reused`, where the reference cache is on.
+        rows, rows_computed: samples in the batch, and those of them that were computed.
     """
 
     run: int
@@ -59,6 +60,8 @@ class DenoisingCall:
     cause: str = ""
     distance: float | None = None
     references: str | None = None
+    rows: int = 1
+    rows_computed: int = 1
 
 
 class RunClock:
@@ -99,6 +102,23 @@ class RunClock:
         """The next call begins a new run, whatever its timestep."""
         self._forget()
 
+    def sigmas(self) -> tuple[float, float]:
+        """Noise level of the call that is going on, and the one that the solver goes on to; timesteps in [0, 1].
+
+        From the scheduler's timesteps, read once a run. Of a transformer called by hand only the first is known; the
+        next one is taken to be as far away as the one before.
+        """
+        timesteps = getattr(self._scheduler, "timesteps", None)
+        if timesteps is not None and timesteps is self._marker and not self._scheduler_idle:
+            if self._read is not timesteps:
+                longest = self._scheduler.config.num_train_timesteps
+                self._read, self._levels = timesteps, [t / longest for t in timesteps.tolist()] + [0.0]
+            return self._levels[self._index], self._levels[self._index + 1]
+        now = _value(self._timestep)
+        if now != self._levels_by_hand[0]:
+            self._levels_by_hand = (now, self._levels_by_hand[0] if self._step else now)
+        return now, max(0.0, 2 * now - self._levels_by_hand[1])
+
     def _forget(self) -> None:
         self._fresh = True
         self._signature: object = None
@@ -109,6 +129,9 @@ class RunClock:
         self._step = 0
         self._seen: list[str] = []
         self._scheduler_idle = False
+        self._read: object = None
+        self._levels: list[float] = []
+        self._levels_by_hand = (float("nan"), float("nan"))
 
     def _locate(self, module: nn.Module, announced: Any, forward_kwargs: Mapping[str, Any]) -> DenoisingCall:
         layout = None if self._adapter is None else self._adapter.token_layout(module, forward_kwargs)

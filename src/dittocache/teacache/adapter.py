@@ -12,6 +12,7 @@ from dittocache.errors import StepCacheError
 from dittocache.families.base import Polynomial, TransformerAdapter
 from dittocache.families.denoiser import Denoiser, find_denoiser, installed_hook, remove_hook
 from dittocache.families.run_clock import RunClock
+from dittocache.teacache.choice import step_cache
 from dittocache.teacache.config import TeaCacheConfig
 from dittocache.teacache.extractors import (
     EXTRACTOR_REGISTRY,
@@ -58,7 +59,8 @@ class TeaCacheAdapter:
         family = family_adapter(model_type)
         if clock is None:
             clock = RunClock(family, denoiser.scheduler, self.config.num_inference_steps)
-        hook = TeaCacheHook(self._policy(model_type, family), _stack(model_type, family), clock, say=say)
+        stack = _stack(model_type, family)
+        hook = TeaCacheHook(step_cache(self.config, self._policy(model_type, family), stack), stack, clock, say)
         HookRegistry.check_if_exists_or_initialize(denoiser.module).register_hook(hook, HOOK_NAME)
         return hook
 

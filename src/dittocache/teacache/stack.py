@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +30,10 @@ class BlockStack(Protocol):
 
     def extract(self, module: nn.Module, forward_kwargs: Mapping[str, Any], layout: TokenLayout | None) -> CacheContext:
         """The context of this step without running the blocks."""
+        ...
+
+    def rows(self, forward_kwargs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any] | None:
+        """The same forward pass for some samples of the batch; None where the model's arguments cannot be divided."""
         ...
 
     def compute(
@@ -84,6 +88,10 @@ class StockStack:
         noise = dict(forward_kwargs) if layout is None else self._adapter.noise_only(forward_kwargs, layout)
         return self._adapter.extract_context(module, **noise)
 
+    def rows(self, forward_kwargs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any] | None:
+        """As the family divides its arguments."""
+        return self._adapter.rows(forward_kwargs, rows)
+
     def compute(
         self,
         module: nn.Module,
@@ -125,6 +133,10 @@ class ExtractorStack:
         context = self._extractor(module, **forward_kwargs)
         context.validate()
         return context
+
+    def rows(self, forward_kwargs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any] | None:
+        """Nobody knows which of its arguments have a row for each sample."""
+        return None
 
     def compute(
         self,
