@@ -8,10 +8,11 @@ price of one read from the device a call.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.hooks.hooks import StateManager
@@ -81,6 +82,9 @@ class RunClock:
         self._steps = num_inference_steps
         self._current: DenoisingCall | None = None
         self._run = 0
+        self._read: object = None
+        self._levels: list[float] = []
+        self._levels_by_hand = (math.nan, math.nan)
         self._forget()
 
     @contextmanager
@@ -108,11 +112,14 @@ class RunClock:
         From the scheduler's timesteps, read once a run. Of a transformer called by hand only the first is known; the
         next one is taken to be as far away as the one before.
         """
-        timesteps = getattr(self._scheduler, "timesteps", None)
+        timesteps: Any = getattr(self._scheduler, "timesteps", None)
         if timesteps is not None and timesteps is self._marker and not self._scheduler_idle:
             if self._read is not timesteps:
                 longest = self._scheduler.config.num_train_timesteps
-                self._read, self._levels = timesteps, [t / longest for t in timesteps.tolist()] + [0.0]
+                self._read, self._levels = (
+                    timesteps,
+                    [t / longest for t in cast(torch.Tensor, timesteps).tolist()] + [0.0],
+                )
             return self._levels[self._index], self._levels[self._index + 1]
         now = _value(self._timestep)
         if now != self._levels_by_hand[0]:
@@ -129,9 +136,7 @@ class RunClock:
         self._step = 0
         self._seen: list[str] = []
         self._scheduler_idle = False
-        self._read: object = None
-        self._levels: list[float] = []
-        self._levels_by_hand = (float("nan"), float("nan"))
+        self._levels_by_hand = (math.nan, math.nan)
 
     def _locate(self, module: nn.Module, announced: Any, forward_kwargs: Mapping[str, Any]) -> DenoisingCall:
         layout = None if self._adapter is None else self._adapter.token_layout(module, forward_kwargs)

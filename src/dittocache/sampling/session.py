@@ -40,8 +40,9 @@ def cached(
     """Caches on `target` within the `with` block; yields the trace of their decisions.
 
     With both, TeaCache decides first: a skipped step touches no keys and values, and refreshes count computed steps.
-    State belongs to one run of one CFG branch. On exit, also by an exception, hooks are removed, the attention
-    processors are the ones of before and all memory is free. Without caches the trace holds the times alone.
+    A batch is then decided on as one. State belongs to one run of one CFG branch. On exit, also by an exception, hooks
+    are removed, the attention processors are the ones of before and all memory is free. Without caches the trace holds
+    the times alone.
 
     Args:
         target: a diffusers pipeline with a transformer, or the transformer. A bare transformer returns noise tokens
@@ -73,6 +74,8 @@ def cached(
             caches.append(apply_reference_kv(target, reference_kv, clock))
             undo.callback(remove_reference_kv, target)
         if teacache is not None:  # registered later, so it stands around the reference cache
+            if reference_kv is not None:  # keys and values are kept for the batch as a whole
+                teacache = teacache.model_copy(update={"per_sample": False})
             adapter = TeaCacheAdapter(teacache)
             caches.append(adapter.apply(target, clock, note))
             undo.callback(adapter.remove, target)
@@ -115,6 +118,7 @@ class _Recorder(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
             record, output = self._timed(call, forward_kwargs)
             record.decision = "computed" if call.computed else "skipped"
             record.cause, record.distance, record.references = call.cause, call.distance, call.references
+            record.rows, record.rows_computed = call.rows, call.rows_computed
             self._trace.steps.append(record)
             self._trace.bytes_held = max(self._trace.bytes_held, sum(cache.bytes_held for cache in self._caches))
             return output
