@@ -24,6 +24,8 @@ EXPORTED = [
     "GenerateConfig",
     "Manifest",
     "ModelError",
+    "Omni",
+    "OmniDiffusionConfig",
     "RecordCorruptError",
     "RecordMissingError",
     "ReferenceCacheError",

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from dittocache.referencekv.config import ReferenceKVConfig as ReferenceKVConfig
     from dittocache.sampling.config import GenerateConfig as GenerateConfig
     from dittocache.sampling.generate import generate as generate
+    from dittocache.sampling.omni import Omni as Omni
+    from dittocache.sampling.omni import OmniDiffusionConfig as OmniDiffusionConfig
     from dittocache.sampling.session import cached as cached
     from dittocache.sampling.trace import Trace as Trace
     from dittocache.teacache.adapter import TeaCacheAdapter as TeaCacheAdapter
@@ -63,6 +65,8 @@ _HOMES = {
     "ModelError": "dittocache.errors",
     "RecordCorruptError": "dittocache.errors",
     "RecordMissingError": "dittocache.errors",
+    "Omni": "dittocache.sampling.omni",
+    "OmniDiffusionConfig": "dittocache.sampling.omni",
     "ReferenceCacheError": "dittocache.errors",
     "ReferenceKVConfig": "dittocache.referencekv.config",
     "RunConfig": "dittocache.config",

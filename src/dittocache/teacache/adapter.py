@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from diffusers.hooks.hooks import HookRegistry
@@ -84,7 +84,7 @@ class TeaCacheAdapter:
     def _model_type(self, denoiser: Denoiser) -> str:
         names = denoiser.class_names
         if self.config.model_type is None:
-            known = [name for name in names if name in EXTRACTOR_REGISTRY]
+            known = [name for name in names if name in EXTRACTOR_REGISTRY and _fits(name, names)]
             if known:
                 return known[0]
             raise StepCacheError(
@@ -113,6 +113,12 @@ class TeaCacheAdapter:
             cutoff_steps=self.config.cutoff_steps,
             max_consecutive_skips=self.config.max_consecutive_skips,
         )
+
+
+def _fits(model_type: str, names: Sequence[str]) -> bool:
+    """Whether what answers to `model_type` is for a transformer of these class names; a user's extractor is believed."""
+    family = family_adapter(model_type)
+    return family is None or family.class_name in names
 
 
 def _stack(model_type: str, family: TransformerAdapter | None) -> BlockStack:
