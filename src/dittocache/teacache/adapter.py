@@ -116,7 +116,7 @@ class TeaCacheAdapter:
 
 
 def _fits(model_type: str, names: Sequence[str]) -> bool:
-    """Whether what answers to `model_type` is for a transformer of these class names; a user's extractor is believed."""
+    """Whether `model_type` is for a transformer of these class names; a user's own extractor is believed."""
     family = family_adapter(model_type)
     return family is None or family.class_name in names
 
