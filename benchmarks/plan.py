@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from dittocache.data import folder as folder_module
-from dittocache.data.config import DataConfig
+from dittocache.data.config import SetConfig
 from dittocache.data.digests import ContentIndex
 from dittocache.data.file_table import FileTable
 from dittocache.data.folder import load_folder
@@ -50,7 +50,7 @@ SIZES = Sizes(64, 32)
 CHANGED = 100
 PARTS: list[tuple[str, Any, str]] = [
     ("scan", FileTable, "scanned"),
-    ("files known", folder_module, "_remembered"),
+    ("files known", folder_module, "remembered"),
     ("files known", FileTable, "learn"),
     ("files read", FileTable, "read_sizes"),
     ("files read", FileTable, "read_digests"),
@@ -59,7 +59,8 @@ PARTS: list[tuple[str, Any, str]] = [
     ("keys known", memory_module, "_remembered"),
     ("keys known", memory_module.KeyMemory, "load"),
     ("keys checked", memory_module, "_holds"),
-    ("saving", folder_module, "_remember"),
+    ("saving", folder_module, "remember"),
+    ("saving", plan_module, "remember"),
     ("saving", memory_module.KeyMemory, "save"),
     ("look-up", plan_module, "record_lengths"),
 ]
@@ -161,7 +162,7 @@ def plan_once(folder: Path) -> dict[str, Any]:
 
 def planned(folder: Path) -> Plan:
     family = get_family(FAMILY)
-    config = DataConfig(path=folder / "set", resolution=SIZES.resolution, condition_resolution=32)
+    config = SetConfig(path=folder / "set", resolution=SIZES.resolution)
     samples = load_folder(config, family.size_multiple, folder / "cache/memory")
     manifest = folder / "manifest.json"
     return make_plan(

@@ -49,16 +49,24 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def text_sees_controls(self) -> bool:
+        """Whether reference pictures are shown to the text encoder too."""
+        return self.controls > 0 and self.family_name.startswith("qwen")
+
+    @property
     def id(self) -> str:
         return "-".join([self.family_name, *(f"{name}={value}" for name, value in self.options.items())])
 
 
 EDIT = "qwen-image-edit-plus"
 CASES = (
+    Case("qwen-image", CAPABILITIES - {"references"}, 0, "qwen-image"),
+    Case("qwen-image-edit", CAPABILITIES, 1, "qwen-image-edit"),
     Case(EDIT, CAPABILITIES, 2, EDIT),
     Case(EDIT, CAPABILITIES, 2, EDIT, {"zero_cond_t": True}),
     Case("flux", CAPABILITIES - {"references"}, 0, "flux"),
-    Case("flux-schnell", CAPABILITIES - {"references"}, 0, "flux", {"guidance": False}),
+    Case("flux-schnell", CAPABILITIES - {"references"}, 0, "flux-schnell"),
+    Case("flux-kontext", CAPABILITIES, 1, "flux-kontext"),
 )
 
 
@@ -133,12 +141,27 @@ def encode_all(family: Family, pipe: Any, samples: list[Sample], sizes: Sizes = 
     return tensors
 
 
+def preferred_sizes(resolution: int) -> list[tuple[int, int]]:
+    """Kontext's sizes of one megapixel, at the area of `resolution` squared."""
+    from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+
+    scale = resolution / 1024 / 16
+    return [(round(width * scale) * 16, round(height * scale) * 16) for width, height in PREFERRED_KONTEXT_RESOLUTIONS]
+
+
 @contextmanager
 def _pipeline_areas(sizes: Sizes) -> Iterator[None]:
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+
     module = "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus"
+    stock = pipeline_qwenimage_edit.calculate_dimensions
     with ExitStack() as stack:
+        resized = lambda _, ratio: stock(sizes.resolution**2, ratio)  # noqa: E731
+        stack.enter_context(mock.patch.object(pipeline_qwenimage_edit, "calculate_dimensions", resized))
         stack.enter_context(mock.patch(f"{module}.VAE_IMAGE_SIZE", sizes.resolution**2))
         stack.enter_context(mock.patch(f"{module}.CONDITION_IMAGE_SIZE", sizes.condition_resolution**2))
+        kontext = "diffusers.pipelines.flux.pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS"
+        stack.enter_context(mock.patch(kontext, preferred_sizes(sizes.resolution)))
         yield
 
 
@@ -148,8 +171,12 @@ def first_forward(pipe: Any, sample: Sample, sizes: Sizes = SIZES) -> dict[str, 
     hook = pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
     width, height = sample.size
     options: dict[str, Any] = {"guidance_scale": 1.0} if "Flux" in type(pipe).__name__ else {"true_cfg_scale": 1.0}
+    if "Kontext" in type(pipe).__name__:
+        options["max_area"] = width * height
     if sample.controls:
-        options["image"] = [Image.open(path) for path in sample.controls]
+        images = [Image.open(path) for path in sample.controls]
+        # The first Qwen-Image-Edit would show its text encoder a list as it is, not resized.
+        options["image"] = images[0] if type(pipe).__name__ == "QwenImageEditPipeline" else images
     try:
         with _pipeline_areas(sizes):
             pipe(

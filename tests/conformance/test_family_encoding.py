@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,48 +39,136 @@ def test_artifacts_are_what_the_encoders_give(family: Family, pipe: Any, samples
         assert set(tensors) == {artifact.name for artifact in artifacts if artifact.encoder == encoder}
 
 
+@dataclass(frozen=True)
+class Change:
+    """Something about a sample or a run, and the artifact that must follow it.
+
+    Attributes:
+        artifact: the tensor that changes; None where the family may not heed it.
+        edits: also only for families that edit pictures.
+    """
+
+    apply: Callable[[Sample, Sizes, Any], tuple[Sample, Sizes]]
+    artifact: str | None = None
+    edits: bool = False
+
+
+def _redraw(paths: Sequence[Path], seed: int, size: tuple[int, int], draw: Any) -> None:
+    for path in paths:
+        draw(path, seed, size)
+
+
+def _other_target(sample: Sample, sizes: Sizes, draw: Any) -> tuple[Sample, Sizes]:
+    _redraw([sample.target], 99, (100, 75), draw)
+    return sample, sizes
+
+
+def _other_controls(sample: Sample, sizes: Sizes, draw: Any) -> tuple[Sample, Sizes]:
+    _redraw(sample.controls, 98, (90, 70), draw)
+    return sample, sizes
+
+
+def _other_mask(sample: Sample, sizes: Sizes, draw: Any) -> tuple[Sample, Sizes]:
+    _redraw([sample.mask] if sample.mask else [], 97, (50, 50), draw)
+    return sample, sizes
+
+
+def _with(**fields: Any) -> Callable[[Sample, Sizes, Any], tuple[Sample, Sizes]]:
+    return lambda sample, sizes, _: (replace(sample, **fields), sizes)
+
+
+CHANGES = {
+    "prompt": Change(_with(prompt="make it green"), "prompt_embeds"),
+    "target": Change(_other_target, "image_latents"),
+    "size": Change(_with(size=(96, 128)), "image_latents"),
+    "flipped": Change(_with(flipped=True), "image_latents"),
+    "flipped mask": Change(_with(flipped=True), "loss_mask"),
+    "flipped control": Change(_with(flipped=True), "control_latents", edits=True),
+    "cropped": Change(_with(cropped=True), "image_latents"),
+    "cropped mask": Change(_with(cropped=True), "loss_mask"),
+    "mask": Change(_other_mask, "loss_mask"),
+    "control": Change(_other_controls, "control_latents", edits=True),
+    "control_order": Change(lambda sample, sizes, _: (replace(sample, controls=sample.controls[::-1]), sizes)),
+    "control_resolution": Change(_with(control_resolution=160), "control_latents", edits=True),
+    "own control sizes": Change(_with(control_resolution="own"), "control_latents", edits=True),
+    "resolution": Change(lambda sample, sizes, _: (sample, replace(sizes, resolution=160)), "control_latents", True),
+    "condition_resolution": Change(lambda sample, sizes, _: (sample, replace(sizes, condition_resolution=128))),
+}
+
+
 @pytest.mark.capability("artifacts")
-@pytest.mark.parametrize(
-    "change", ["prompt", "target", "control", "control_order", "size", "resolution", "condition_resolution"]
-)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
 def test_whatever_changes_a_tensor_changes_its_key(
     family: Family,
     pipe: Any,
     case: Any,
     samples: list[Sample],
     tmp_path: Path,
-    change: str,
+    change: Change,
     encode_all: Any,
     draw: Any,
     sizes: Sizes,
 ) -> None:
-    sample = samples[0]
+    sample = replace(samples[0], size=(128, 64), mask=draw(tmp_path / "mask.png", 96, (100, 75)))
     before, keys_before = encode_all(family, pipe, [sample], sizes)[0], _keys(family, sample, sizes)
-    if change == "prompt":
-        sample = replace(sample, prompt="make it green")
-    elif change == "target":
-        draw(sample.target, 99, (100, 75))
-    elif change == "control":
-        for path in sample.controls:
-            draw(path, 98, (90, 70))
-    elif change == "control_order":
-        sample = replace(sample, controls=sample.controls[::-1])
-    elif change == "size":
-        sample = replace(sample, size=(96, 128))
-    else:
-        sizes = replace(sizes, **{change: 128})
+    sample, sizes = change.apply(sample, sizes, draw)
     after, keys_after = encode_all(family, pipe, [sample], sizes)[0], _keys(family, sample, sizes)
 
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     rekeyed = {name for name in before if keys_before[name] != keys_after[name]}
     assert changed <= rekeyed, "a tensor changed under an unchanged key: it would be read stale"
-    expected = {"prompt": "prompt_embeds", "target": "image_latents", "size": "image_latents"}
-    if case.controls:
-        expected |= {"control": "control_latents", "control_order": "control_latents"}
-        expected |= {"resolution": "control_latents", "condition_resolution": "prompt_embeds"}
-    if change in expected:
-        assert expected[change] in changed
+    if change.artifact is not None and (case.controls or not change.edits):
+        assert change.artifact in changed
     assert rekeyed != set(before), "a key must depend on nothing but what determines its tensor"
+
+
+@pytest.mark.capability("references")
+def test_the_pictures_that_the_text_encoder_sees_are_part_of_its_key(
+    family: Family, pipe: Any, case: Any, samples: list[Sample], sizes: Sizes, encode_all: Any
+) -> None:
+    if not case.text_sees_controls:
+        assert not any(family.pictures(name, samples[0], sizes) for name in family.encoders if name != "vae")
+        return
+    field = "resolution" if case.family_name == "qwen-image-edit" else "condition_resolution"
+    [before] = encode_all(family, pipe, samples[:1], sizes)
+    for sample, other in (
+        (replace(samples[0], flipped=True), sizes),
+        (samples[0], replace(sizes, **{field: 160})),
+    ):
+        [after] = encode_all(family, pipe, [sample], other)
+        assert not torch.equal(before["prompt_embeds"], after["prompt_embeds"])
+        assert _keys(family, samples[0], sizes)["prompt_embeds"] != _keys(family, sample, other)["prompt_embeds"]
+
+
+@pytest.mark.capability("encoding")
+def test_a_flipped_sample_is_the_sample_of_mirrored_files(
+    family: Family, pipe: Any, samples: list[Sample], sizes: Sizes, tmp_path: Path, encode_all: Any, draw: Any
+) -> None:
+    sample = replace(samples[0], mask=draw(tmp_path / "mask.png", 96, (100, 75)))
+    [flipped] = encode_all(family, pipe, [replace(sample, flipped=True)], sizes)
+    for path in (sample.target, *sample.controls, tmp_path / "mask.png"):
+        with Image.open(path) as picture:
+            picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    [mirrored] = encode_all(family, pipe, [sample], sizes)
+    assert flipped.keys() == mirrored.keys()
+    assert all(torch.equal(flipped[name], tensor) for name, tensor in mirrored.items())
+
+
+@pytest.mark.capability("encoding")
+def test_a_loss_mask_has_a_weight_for_every_target_token(
+    family: Family, pipe: Any, samples: list[Sample], sizes: Sizes, tmp_path: Path, encode_all: Any
+) -> None:
+    mask = Image.new("L", samples[0].size, 0)
+    mask.paste(255, (64, 0, 128, 96))  # the right half
+    mask.paste(128, (0, 0, 16, 16))  # the first token
+    mask.save(tmp_path / "mask.png")
+    plain, masked = encode_all(family, pipe, [samples[0], replace(samples[1], mask=tmp_path / "mask.png")], sizes)
+    assert "loss_mask" not in plain
+    weights = masked["loss_mask"]
+    assert (weights.dtype, weights.shape) == (torch.float32, masked["image_latents"].shape[:1])
+    expected = torch.tensor([[0.0] * 4 + [1.0] * 4] * 6)  # 6 rows of 8 tokens
+    expected[0, 0] = 128 / 255
+    torch.testing.assert_close(weights, expected.flatten())
 
 
 @pytest.mark.capability("artifacts")
@@ -303,10 +392,3 @@ def test_a_broken_picture_is_named(family: Family, pipe: Any, samples: list[Samp
 def test_an_unknown_encoder_is_an_error(family: Family, pipe: Any, samples: list[Sample], sizes: Sizes) -> None:
     with pytest.raises(ModelError, match="no encoder 'vea'; expected vae"):
         family.encode(pipe, "vea", samples, sizes)
-
-
-@pytest.mark.capability("artifacts")
-def test_masks_are_refused_rather_than_ignored(family: Family, samples: list[Sample], sizes: Sizes) -> None:
-    masked = replace(samples[0], mask=samples[0].target)
-    with pytest.raises(DataError, match="mask"):
-        family.artifacts(masked, sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from dittocache.demo.tiny import tiny_pipeline
 from dittocache.errors import DataError
 from dittocache.families.base import Family
 from dittocache.training.config import TrainConfig
-from dittocache.training.lora import add_lora, save_lora
+from dittocache.training.lora import add_lora, save_lora, target_pattern
 from dittocache.training.loss import velocity_loss
 
 CONFIG = TrainConfig(rank=4, alpha=2)
@@ -90,7 +91,7 @@ def test_different_sizes_in_one_batch_are_an_error(
 def test_lora_targets_name_modules(family: Family, pipe: Any) -> None:
     names = [name for name, module in pipe.transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     for target in family.lora_targets:
-        assert any(name == target or name.endswith(f".{target}") for name in names), target
+        assert any(re.fullmatch(target_pattern([target]), name) for name in names), target
 
 
 @pytest.mark.capability("lora")

@@ -63,6 +63,6 @@ def test_token_layout_counts_all_tokens(family: Family, pipe: Any, case: Any, fo
 @pytest.mark.capability("references")
 def test_every_block_has_an_attention_module(family: Family, pipe: Any) -> None:
     modules = family.transformer.attention_modules(pipe.transformer)
-    assert len(modules) == len(pipe.transformer.transformer_blocks)
+    assert len(modules) == len(family.transformer.blocks(pipe.transformer))
     assert all(hasattr(module, "processor") for module in modules)
     assert family.transformer.reference_is_exact(pipe.transformer) is False

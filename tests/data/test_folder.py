@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dittocache.data.config import DataConfig
+from dittocache.data.config import SetConfig
 from dittocache.data.folder import CONTROL_FOLDERS, TARGET_FOLDERS, load_folder
 from dittocache.data.pictures import picture_size
 from dittocache.data.sample import Sample
@@ -26,7 +26,7 @@ def add(path: Path, size: tuple[int, int] = (8, 8), caption: str | None = None) 
 
 
 def loaded(folder: Path, resolution: int = 64) -> list[Sample]:
-    return load_folder(DataConfig(path=folder, resolution=resolution), 32)
+    return load_folder(SetConfig(path=folder, resolution=resolution), 32)
 
 
 def problems(folder: Path) -> list[str]:

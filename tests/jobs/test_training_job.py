@@ -117,7 +117,7 @@ def test_another_model_is_no_continuation_and_other_captions_are_told(
 
     carry_out(_with(config, steps=4), *CACHED, "train", listener=listen)
     assert len(warnings) == 1
-    assert "data: the checkpoint has" in warnings[0]
+    assert "data: the samples, their files, captions or repeats are not those" in warnings[0]
     assert "steps: the checkpoint has 3, this run has 4" in warnings[0]
 
 

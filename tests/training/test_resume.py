@@ -238,7 +238,7 @@ def test_what_changes_the_meaning_is_refused(family: Family, change: dict[str, A
 
 
 def test_another_model_is_refused_and_other_data_are_told(family: Family) -> None:
-    with pytest.raises(ConfigError, match="model: the checkpoint has 'm', this run has 'n'"):
+    with pytest.raises(ConfigError, match=r"model: the transformer's weights .* has 'm', this run has 'n'"):
         check_continuation(_settings(CONFIG, family), _settings(CONFIG, family, model="n"), Path("c"))
     other = CONFIG.model_copy(update={"learning_rate": 1.0})
     told = check_continuation(_settings(CONFIG, family), _settings(other, family, data="e"), Path("c"))

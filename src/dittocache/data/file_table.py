@@ -1,4 +1,4 @@
-"""What is known of the files below one folder: looked at in one pass, read once for as long as they do not change.
+"""What is known of the files of one data set: looked at in one pass, read once for as long as they do not change.
 
 A row is a file. Its facts (a picture's size, a caption's words, a digest) count for as long as the file's status is the
 one with which they were read, under the rules of `digests.py`: ctime is part of it, and what was read within the
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +24,7 @@ from dittocache.data import digests
 from dittocache.data.columns import Columns
 from dittocache.data.digests import DIGEST_BYTES, Status, hash_file, status_of, text_digest
 from dittocache.data.pictures import picture_size
+from dittocache.data.scan import scan
 from dittocache.errors import DataError
 
 READERS = 8  # threads; on network mounts and spinning disks reading waits more than it computes
@@ -58,16 +59,34 @@ class FileTable:
     altered: bool = False
 
     @classmethod
-    def scanned(cls, root: Path, folders: Iterable[Path], skip: Callable[[str], bool]) -> FileTable:
-        """The files below some folders of the root, sub-folders included, nothing read yet; hidden ones are left out.
+    def scanned(
+        cls, root: Path, folders: Collection[Path], skip: Callable[[str], bool], deep: bool = True
+    ) -> FileTable:
+        """The files of some folders below the root, or of the root itself, nothing read yet; hidden ones are left out.
 
         Args:
             skip: whether files of this ending (with its dot, in lower case) are no part of the table.
+            deep: whether sub-folders belong to a folder; those that are in `folders` themselves never do.
         """
-        names: list[str] = []
+        return cls._unread(root, *scan(root, folders, skip, deep))
+
+    @classmethod
+    def of_files(cls, files: Iterable[Path]) -> FileTable:
+        """Files anywhere on this machine, each once, nothing read yet; the root is that of the file system."""
+        root = os.path.abspath(os.sep)
+        paths = list(dict.fromkeys(os.path.abspath(file) for file in files))
         status = array("q")
-        for folder in folders:
-            _scan(os.fspath(folder), f"{folder.relative_to(root).as_posix()}/", skip, names, status, set())
+        for path in paths:
+            try:
+                found = os.stat(path)
+            except OSError:  # reading the file says so
+                status.extend((0, 0, 0))
+            else:
+                status.extend((found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+        return cls._unread(Path(root), [path[len(root) :] for path in paths], status)
+
+    @classmethod
+    def _unread(cls, root: Path, names: Sequence[str], status: array[int]) -> FileTable:
         count = len(names)
         return cls(
             root,
@@ -240,40 +259,3 @@ def _at_once(read: Callable[[int], object], rows: Rows) -> None:
         with ThreadPoolExecutor(READERS, thread_name_prefix="files") as readers:
             for _ in readers.map(attempt, rows.tolist()):
                 pass
-
-
-def _scan(
-    folder: str,
-    prefix: str,
-    skip: Callable[[str], bool],
-    names: list[str],
-    status: array[int],
-    seen: set[tuple[int, int]],
-) -> None:
-    """List a folder and its sub-folders; one that links back to a folder above it is not entered again."""
-    found = os.stat(folder)
-    if (found.st_dev, found.st_ino) in seen:
-        return
-    above = seen | {(found.st_dev, found.st_ino)}
-    subfolders = []
-    with os.scandir(folder) as entries:
-        for entry in entries:  # hundreds of thousands: nothing here that is not needed
-            name = entry.name
-            if name[0] == ".":
-                continue
-            dot = name.rfind(".")
-            if dot > 0 and not skip(name[dot:].lower()):
-                try:
-                    result = entry.stat()
-                except OSError:  # a link to nowhere; reading the file says so
-                    status.extend((0, 0, 0))
-                else:
-                    if entry.is_dir():
-                        subfolders.append(name)
-                        continue
-                    status.extend((result.st_size, result.st_mtime_ns, result.st_ctime_ns))
-                names.append(prefix + name)
-            elif entry.is_dir():
-                subfolders.append(name)
-    for name in sorted(subfolders):
-        _scan(os.path.join(folder, name), f"{prefix}{name}/", skip, names, status, above)

@@ -6,179 +6,152 @@
     SET/control_images/x_control_1.png   further control pictures, in the order of their numbers
     SET/control_images/x_mask.png        optional loss mask; it may stand beside the target too
 
-Without a folder of control pictures the set is for text to image. Targets may lie in sub-folders; controls then lie in
-sub-folders of the same names. Endings may be those of `pictures.ENDINGS`, in any mixture.
+Targets and captions may also lie in SET itself. Without a folder of control pictures the set is for text to image.
+Targets may lie in sub-folders; controls then lie in sub-folders of the same names. Endings may be those of
+`pictures.ENDINGS`, in any mixture.
 
 With a folder for its memory, what was read of an unchanged file is not read again (`file_table.py`).
 """
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-from blake3 import blake3
-
-from dittocache.data.columns import Columns, load_columns, save_columns
-from dittocache.data.config import DataConfig
-from dittocache.data.digests import DIGEST_BYTES
+from dittocache.data.checks import sample_problems
+from dittocache.data.config import SetConfig
+from dittocache.data.file_memory import remember, remembered
+from dittocache.data.file_samples import FileSamples
 from dittocache.data.file_table import FileTable
-from dittocache.data.folder_layout import ABSENT, FolderLayout, find_layout
-from dittocache.data.folder_samples import FolderSamples
+from dittocache.data.folder_layout import Naming, find_layout
 from dittocache.data.pictures import ENDINGS
+from dittocache.data.scan import prefix_below
+from dittocache.data.variants import Treatment, treatment_of
 from dittocache.errors import DataError
 
 TARGET_FOLDERS = ("training_images", "images", "target_images", "target", "targets")
 CONTROL_FOLDERS = ("control_images", "control", "condition_images", "controls")
-MEMORY_VERSION = 1
-CAPTION_ENDING = ".txt"
 
 
-def load_folder(config: DataConfig, size_multiple: int, memory: Path | None = None) -> FolderSamples:
-    """The samples of `config.path` in the order of their names, each with the (width, height) of its bucket.
+@dataclass(frozen=True)
+class FolderPlace:
+    """The folders that hold a set.
+
+    Attributes:
+        path: what the settings name.
+        targets: the folder of targets and captions.
+        controls: that of control pictures; None for text to image.
+        deep: whether sub-folders belong to them.
+        numbered: as in `Naming`.
+        caption_ending: of captions, with its dot.
+    """
+
+    path: Path
+    targets: Path
+    controls: Path | None
+    deep: bool = True
+    numbered: bool = False
+    caption_ending: str = ".txt"
+
+    @property
+    def root(self) -> Path:
+        """The folder that holds them all: `path` where it does."""
+        folders = [folder for folder in (self.targets, self.controls) if folder is not None]
+        if all(folder.is_relative_to(self.path) for folder in folders):
+            return self.path
+        return Path(os.path.commonpath([os.path.abspath(folder) for folder in folders]))
+
+
+def load_folder(config: SetConfig, size_multiple: int, memory: Path | None = None) -> FileSamples:
+    """The samples of the folder `config.path` in the order of their names.
 
     Args:
-        config: where the set is, and its resolution in pixels.
+        config: where the set is, and what is made of it.
         size_multiple: the sides of buckets are multiples of this many pixels (`Family.size_multiple`).
         memory: folder in which what is read is remembered for the next time; a damaged memory is started afresh, one
-            that cannot be written is noted in `FolderSamples.notes`.
+            that cannot be written is noted in `FileSamples.notes`.
 
     Raises DataError listing every problem of the set: missing or empty captions, pictures that cannot be read, missing
     controls, no samples at all.
     """
-    problems: list[str] = []
-    target_folder = _layout_folder(config.path, TARGET_FOLDERS, problems)
-    control_folder = _layout_folder(config.path, CONTROL_FOLDERS, problems)
+    return load_place(folder_place(config), treatment_of(config, size_multiple, config.side), memory)
+
+
+def folder_place(config: SetConfig, flat: bool = False) -> FolderPlace:
+    """Where in `config.path` targets and controls are; raises DataError listing what is missing or there twice.
+
+    Args:
+        flat: True looks for targets in `config.path` itself and in no sub-folder, and takes `x_N` for a control of `x`,
+            as musubi-tuner does.
+    """
+    path, ending = config.path, config.caption_extension
+    problems = [] if path.is_dir() else [f"{path} is not a folder; set data.path to the folder of the data set"]
+    if config.control_path is not None and not config.control_path.is_dir():
+        problems.append(f"{config.control_path} is not a folder; it was named as that of the control pictures")
+    if ending.lower() in ENDINGS:
+        problems.append(f"caption_extension {ending} is that of pictures; expected that of text files, such as .txt")
     if problems:
-        raise DataError(f"the data set {config.path} cannot be used", problems)
-    if target_folder is None:
-        raise DataError(
-            f"the data set {config.path} has no folder of target pictures; expected one of "
-            f"{', '.join(TARGET_FOLDERS)} inside it"
-        )
-    folders = [target_folder, *([control_folder] if control_folder is not None else [])]
-    table = FileTable.scanned(config.path, folders, lambda ending: ending not in ENDINGS and ending != CAPTION_ENDING)
-    memory_file = None if memory is None else _memory_file(memory, config.path)
-    known, known_layout = _remembered(memory_file, config.path)
+        raise DataError(f"the data set {path} cannot be used", problems)
+    if flat or config.control_path is not None:
+        if config.control_path is not None and config.control_path.resolve() == path.resolve():
+            raise DataError(f"{path} is named as the folder of targets and of controls; they need a folder each")
+        return FolderPlace(path, path, config.control_path, not flat, flat, ending)
+    targets = _layout_folder(path, TARGET_FOLDERS, problems)
+    controls = _layout_folder(path, CONTROL_FOLDERS, problems)
+    if problems:
+        raise DataError(f"the data set {path} cannot be used", problems)
+    return FolderPlace(path, path if targets is None else targets, controls, True, False, ending)
+
+
+def load_place(place: FolderPlace, treatment: Treatment, memory: Path | None) -> FileSamples:
+    """As `load_folder`, from folders that are known."""
+    root, name = place.root, _name(place)
+    folders = [place.targets, *([place.controls] if place.controls is not None else [])]
+    if place.root != place.path:
+        folders = [Path(os.path.abspath(folder)) for folder in folders]
+    known_endings = {*ENDINGS, "." + place.caption_ending.lower().rpartition(".")[2]}
+    table = FileTable.scanned(root, folders, lambda ending: ending not in known_endings, place.deep)
+    known, known_layout = remembered(memory, name, root)
     table.learn(known)
-    controls_prefix = None if control_folder is None else f"{control_folder.name}/"
+    problems: list[str] = []
     if known_layout is not None and known.names == table.names:
         layout = known_layout
     else:
-        layout = find_layout(table, f"{target_folder.name}/", controls_prefix, problems)
-    samples = FolderSamples(table, layout, config.resolution, size_multiple, memory)
-    problems += _problems(samples, control_folder)
+        controls = None if place.controls is None else prefix_below(root, folders[1])
+        naming = Naming(prefix_below(root, folders[0]), controls, place.caption_ending, place.numbered)
+        layout = find_layout(table, naming, problems)
+    samples = FileSamples(table, layout, treatment, name, memory)
+    problems += sample_problems(samples, place.controls, place.caption_ending)
     if not problems and not len(samples):
-        problems.append(f"{target_folder} holds no picture; expected files ending in {', '.join(sorted(ENDINGS))}")
-    if table.altered and memory_file is not None:
-        # A layout with problems is found again, and they with it.
-        samples.notes += _remember(memory_file, table, layout if not problems else None)
+        problems.append(_nothing(place))
+    remember(samples, layout=not problems)  # a layout with problems is found again, and they with it
     if problems:
-        raise DataError(f"the data set {config.path} has {len(problems)} problem(s)", problems)
+        raise DataError(f"the data set {place.path} has {len(problems)} problem(s)", problems)
     return samples
 
 
-def save_memory(samples: FolderSamples) -> None:
-    """Remember what was learnt about the files since they were loaded, if they were loaded with a memory."""
-    if samples.table.altered and samples.memory is not None:
-        file = _memory_file(samples.memory, samples.table.root)
-        samples.notes += _remember(file, samples.table, samples.layout)
-
-
-def _problems(samples: FolderSamples, control_folder: Path | None) -> list[str]:
-    """Read what is not known of the files that samples are made of, and tell what is wrong with them."""
-    table, layout = samples.table, samples.layout
-    pictures = np.concatenate([layout.targets, layout.controls, layout.masks[layout.masks != ABSENT]])
-    table.read_sizes(pictures)
-    unread: npt.NDArray[np.bool_] = np.logical_not(table.sizes.all(axis=1))
-    wanting = layout.captions == ABSENT
-    wanting |= unread[layout.targets] | ((layout.masks != ABSENT) & unread[layout.masks])
-    controls = np.diff(layout.control_starts)
-    if control_folder is not None:
-        wanting |= controls == 0
-    bad_controls = np.repeat(np.arange(len(layout.names)), controls)[unread[layout.controls]]
-    wanting[bad_controls] = True
-    has_text = np.zeros(len(table.names), np.bool_)
-    has_text[[row for row, text in table.texts.items() if text]] = True
-    wanting |= ~has_text[layout.captions]
-    problems: list[str] = []
-    for number in np.flatnonzero(wanting).tolist():
-        problems += _sample_problems(samples, number, control_folder)
-    return problems
-
-
-def _sample_problems(samples: FolderSamples, number: int, control_folder: Path | None) -> list[str]:
-    table, layout = samples.table, samples.layout
-    target = table.path(int(layout.targets[number]))
-    found = _caption_problems(table, int(layout.captions[number]), target)
-    controls = layout.controls_of(number)
-    if control_folder is not None and not controls:
-        found.append(f"{target}: no control picture {layout.names[number]}.* in {control_folder}")
-    mask = int(layout.masks[number])
-    for row in (int(layout.targets[number]), *controls, *([mask] if mask != ABSENT else [])):
-        try:
-            table.size(row)
-        except DataError as error:
-            found.append(str(error))
-    return found
-
-
-def _caption_problems(table: FileTable, caption: int, target: Path) -> list[str]:
-    if caption == ABSENT:
-        return [f"{target}: no caption; expected it in {target.with_suffix(CAPTION_ENDING).name} beside it"]
-    try:
-        words = table.text(caption)
-    except DataError as error:
-        return [str(error)]
-    except (OSError, UnicodeDecodeError) as error:
-        return [f"{table.path(caption)}: the caption cannot be read as UTF-8 ({error})"]
-    return [] if words else [f"{table.path(caption)}: the caption is empty"]
+def _nothing(place: FolderPlace) -> str:
+    endings = ", ".join(sorted(ENDINGS))
+    if place.targets == place.path and place.deep:
+        return (
+            f"the data set {place.path} has no folder of target pictures; expected one of "
+            f"{', '.join(TARGET_FOLDERS)} inside it, or pictures in itself: files ending in {endings}"
+        )
+    return f"{place.targets} holds no picture; expected files ending in {endings}"
 
 
 def _layout_folder(path: Path, names: Sequence[str], problems: list[str]) -> Path | None:
     """The one folder of these names inside `path`; None when there is none."""
-    if not path.is_dir():
-        problem = f"{path} is not a folder; set data.path to the folder of the data set"
-        if problem not in problems:
-            problems.append(problem)
-        return None
     present = [path / name for name in names if (path / name).is_dir()]
     if len(present) > 1:
         problems.append(f"{' and '.join(folder.name for folder in present)} both exist; keep one of them")
     return present[0] if present else None
 
 
-def _memory_file(memory: Path, folder: Path) -> Path:
-    name = blake3(str(folder.resolve()).encode("utf-8", "surrogatepass")).hexdigest(length=DIGEST_BYTES)
-    return memory / f"files-{name}.columns"
-
-
-def _remembered(memory: Path | None, root: Path) -> tuple[FileTable, FolderLayout | None]:
-    """What an earlier load has left; nothing when there is none, or it is damaged or of another version."""
-    nothing = FileTable.scanned(root, [], lambda _: True), None
-    if memory is None:
-        return nothing
-    try:
-        head, columns = load_columns(memory)
-        if head["version"] != MEMORY_VERSION:
-            return nothing
-        table = FileTable.from_columns(root, head["files"], columns)
-        layout = None if head["layout"] is None else FolderLayout.from_columns(head["layout"], columns)
-    except (OSError, ValueError, KeyError, TypeError):
-        return nothing  # everything in it can be read again
-    return table, layout
-
-
-def _remember(memory: Path, table: FileTable, layout: FolderLayout | None) -> list[str]:
-    """Save what is known; a memory that cannot be written costs time only, and is told."""
-    files, columns = table.to_columns()
-    layout_head, layout_columns = (None, Columns()) if layout is None else layout.to_columns()
-    head = {"version": MEMORY_VERSION, "files": files, "layout": layout_head}
-    try:
-        save_columns(memory, head, {**columns, **layout_columns})
-    except OSError as error:
-        return [f"the files of {table.root} will be read again next time: {memory} ({error.strerror or error})"]
-    table.altered = False
-    return []
+def _name(place: FolderPlace) -> str:
+    """`FileSamples.place`: what is remembered of the same folders, read in the same way."""
+    folders = [None if folder is None else str(folder.resolve()) for folder in (place.targets, place.controls)]
+    return json.dumps([*folders, str(place.path.resolve()), place.deep, place.numbered, place.caption_ending])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,11 @@ class Sample:
         prompt: the caption.
         size: (width, height) in pixels of the target after resizing: its bucket.
         mask: an optional picture that weighs the loss.
+        flipped: target, controls and mask are mirrored left-right after reading.
+        cropped: target and mask are scaled to cover `size` and cut at the centre, instead of being stretched to it.
+        control_resolution: side in pixels of the square whose area its controls are resized to for the VAE; None takes
+            the run's resolution, "own" keeps each control's own size, rounded to the family's multiple.
+        repeats: how often it is trained on in an epoch; no artifact depends on it.
     """
 
     name: str
@@ -25,3 +31,7 @@ class Sample:
     prompt: str
     size: tuple[int, int]
     mask: Path | None = None
+    flipped: bool = False
+    cropped: bool = False
+    control_resolution: int | Literal["own"] | None = None
+    repeats: int = 1

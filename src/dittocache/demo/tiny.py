@@ -16,8 +16,10 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
@@ -53,19 +55,22 @@ ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def tiny_pipeline(family_name: str, *, zero_cond_t: bool = False, guidance: bool = True, seed: int = 0) -> Any:
-    """A float32 CPU pipeline of `family_name`: `qwen-image-edit-plus`, `qwen-image` or `flux`.
+    """A float32 CPU pipeline of the family of this name.
 
     Args:
         zero_cond_t: reference tokens modulated at t = 0, as in Qwen-Image-Edit-2511; only for Qwen.
-        guidance: a guidance-distilled FLUX.1-dev; False is FLUX.1-schnell.
+        guidance: a guidance-distilled FLUX.1; False makes FLUX.1-dev FLUX.1-schnell.
         seed: the weights; the same seed gives the same weights.
 
     Raises ModelError for an unknown family.
     """
     builders: dict[str, Callable[[], Any]] = {
-        "qwen-image-edit-plus": lambda: _qwen_edit_plus(zero_cond_t),
         "qwen-image": lambda: _qwen_text_to_image(zero_cond_t),
-        "flux": lambda: _flux(guidance),
+        "qwen-image-edit": lambda: _qwen_edit(QwenImageEditPipeline, zero_cond_t),
+        "qwen-image-edit-plus": lambda: _qwen_edit(QwenImageEditPlusPipeline, zero_cond_t),
+        "flux": lambda: _flux(FluxPipeline, guidance),
+        "flux-schnell": lambda: _flux(FluxPipeline, guidance=False),
+        "flux-kontext": lambda: _flux(FluxKontextPipeline, guidance),
     }
     if family_name not in builders:
         raise ModelError(f"no tiny pipeline of family {family_name!r}; there are {', '.join(builders)}")
@@ -183,13 +188,13 @@ def _scheduler() -> Any:
     return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02)
 
 
-def _qwen_edit_plus(zero_cond_t: bool) -> Any:
-    template = QwenImageEditPlusPipeline(*[None] * 6).prompt_template_encode
+def _qwen_edit(pipeline_class: Any, zero_cond_t: bool) -> Any:
+    template = pipeline_class(*[None] * 6).prompt_template_encode
     tokenizer = _qwen_tokenizer([template, "Picture 1: Picture 2: make the circle red"])
     image_processor = Qwen2VLImageProcessorPil(
         patch_size=16, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 1024, "longest_edge": 1024 * 1024}
     )
-    return QwenImageEditPlusPipeline(
+    return pipeline_class(
         scheduler=_scheduler(),
         vae=_qwen_vae(),
         text_encoder=_qwen_text_encoder(tokenizer),
@@ -211,7 +216,7 @@ def _qwen_text_to_image(zero_cond_t: bool) -> Any:
     )
 
 
-def _flux(guidance: bool) -> Any:
+def _flux(pipeline_class: Any, guidance: bool) -> Any:
     word_ends = {f"{symbol}</w>": len(ALPHABET) + index for index, symbol in enumerate(ALPHABET)}
     clip_vocabulary = {symbol: index for index, symbol in enumerate(ALPHABET)} | word_ends
     clip_vocabulary |= {"<|startoftext|>": 512, "<|endoftext|>": 513}
@@ -229,7 +234,7 @@ def _flux(guidance: bool) -> Any:
         pad_token_id=513,
     )
     t5_config = T5Config(vocab_size=len(t5_vocabulary), d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
-    return FluxPipeline(
+    return pipeline_class(
         scheduler=_scheduler(),
         vae=AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,

@@ -91,7 +91,8 @@ class Family(Protocol):
         encoders: pipeline components that compute artifacts, each with the components it needs beside it, e.g.
             `{"vae": (), "text_encoder": ("tokenizer", "processor")}`.
         size_multiple: the sides of target pictures must be multiples of this many pixels.
-        lora_targets: module names for `peft.LoraConfig(target_modules=...)`.
+        lora_targets: regular expressions of the linear layers that a LoRA is added to; each says how a module's name
+            ends, from a dot on (`to_q`, `ff.net.2`).
     """
 
     name: str
@@ -245,6 +246,7 @@ class TransformerAdapter(Protocol):
         class_name: the diffusers transformer class, `QwenImageTransformer2DModel`.
         pipeline_class_names: the diffusers pipelines that it is the denoiser of: the spec's `model_type`s.
         attention_processor_class_names: the processors whose arithmetic `joint_qkv` and `project_attention` follow.
+        attention_kwargs_name: the forward's argument that its blocks pass on to the attention processors.
         polynomial: default TeaCache coefficients.
         signal_ignores_text: True where block 0's modulated input is the same for all CFG branches.
     """
@@ -252,6 +254,7 @@ class TransformerAdapter(Protocol):
     class_name: str
     pipeline_class_names: tuple[str, ...]
     attention_processor_class_names: tuple[str, ...]
+    attention_kwargs_name: str
     polynomial: Polynomial
     signal_ignores_text: bool
 
@@ -284,7 +287,19 @@ class TransformerAdapter(Protocol):
         ...
 
     def noise_only_block(self, block_kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
-        """Keyword arguments of one block with what the forward still made for all image tokens cut to the noise."""
+        """Keyword arguments of one block with what the forward made beside the tokens cut to the noise."""
+        ...
+
+    def reference_only_block(self, block_kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
+        """The same, cut to the references, with no text; `hidden_states` and `temb` are left as they are."""
+        ...
+
+    def timestep_embedder(self, module: nn.Module) -> nn.Module:
+        """The module that makes `temb`."""
+        ...
+
+    def reference_conditioning(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """From the timestep embedder's arguments those for isolated references: t = 0, and no word of the prompt."""
         ...
 
     def attention_modules(self, module: nn.Module) -> Sequence[nn.Module]:

@@ -9,6 +9,10 @@ from torch import nn
 
 from dittocache.errors import ModelError
 
+REFERENCE_KV_HOOK = "dittocache_reference_kv"
+ISOLATION_HOOK = "dittocache_isolated_references"
+"""Hooks that questions of other rooms are about."""
+
 
 @dataclass(frozen=True)
 class Denoiser:
@@ -60,6 +64,11 @@ def installed_hook(module: nn.Module, name: str) -> Any:
     """The diffusers hook of this name on `module`, None where there is none; changes nothing."""
     registry: Any = getattr(module, "_diffusers_hook", None)
     return None if registry is None else registry.get_hook(name)
+
+
+def is_isolated(module: nn.Module) -> bool:
+    """Whether reference tokens of this transformer see reference tokens only (`isolate_references`)."""
+    return any(installed_hook(part, ISOLATION_HOOK) is not None for part in module.modules())
 
 
 def remove_hook(module: nn.Module, name: str) -> None:

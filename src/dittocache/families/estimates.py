@@ -8,17 +8,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from dittocache.data.sample import Sample
 from dittocache.errors import ModelError
-from dittocache.families import flux, qwen_image_edit_plus
+from dittocache.families import flux_encoding
 from dittocache.families.base import Sizes
-from dittocache.families.pictures import fitted_size
+from dittocache.families.flux_kontext import FluxKontext
+from dittocache.families.loss_masks import LOSS_MASK
+from dittocache.families.pictures import requested_size
+from dittocache.families.qwen_image import MAX_SEQUENCE_LENGTH, QwenImage
+from dittocache.families.qwen_image_common import QwenImageFamily
+from dittocache.families.qwen_image_edit import QwenImageEdit
+from dittocache.families.qwen_image_edit_plus import QwenImageEditPlus
+from dittocache.families.qwen_image_encoding import PACKED_PIXELS, prompt_template
 
 SizeOf = Callable[[Path], tuple[int, int]]
+
+_QWEN_IMAGE: tuple[QwenImageFamily, ...] = (QwenImage(), QwenImageEdit(), QwenImageEditPlus())
+_IMAGE_TOKEN = "<|image_pad|>"  # stands for as many tokens as its picture has
 
 
 class ArtifactSize(NamedTuple):
@@ -51,38 +61,44 @@ class SizeEstimator(Protocol):
 def size_estimator(family_name: str, model: Path) -> SizeEstimator | None:
     """The estimator of a family for the checkpoint in the folder `model`; None for a family that has none."""
     estimators: dict[str, Callable[[Path], SizeEstimator]] = {
-        "qwen-image-edit-plus": QwenImageEditPlusSizes,
+        **{family.name: partial(QwenImageSizes, family=family) for family in _QWEN_IMAGE},
         "flux": FluxSizes,
         "flux-schnell": FluxSizes,
+        "flux-kontext": FluxSizes,
     }
     return estimators[family_name](model) if family_name in estimators else None
 
 
-class QwenImageEditPlusSizes:
-    """Sizes for Qwen-Image-Edit-Plus."""
+class QwenImageSizes:
+    """Sizes for Qwen-Image and its edit models."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, family: QwenImageFamily) -> None:
         self._model = model
+        self._family = family
 
     def latent_sizes(self, sample: Sample, sizes: Sizes, size_of: SizeOf) -> Mapping[str, ArtifactSize]:
-        """`image_latents`, `control_latents` and `img_shapes`."""
-        area, multiple = sizes.resolution**2, qwen_image_edit_plus.CONTROL_MULTIPLE
-        controls = [fitted_size(*size_of(path), area, multiple) for path in sample.controls]
-        packed = qwen_image_edit_plus.PACKED_PIXELS
-        return {
-            "image_latents": ArtifactSize(_tokens(sample.size, packed), self._channels),
-            "control_latents": ArtifactSize(sum(_tokens(size, packed) for size in controls), self._channels),
+        """`image_latents`, `img_shapes`, and `control_latents` and `loss_mask` where there are such pictures."""
+        target = _tokens(sample.size, PACKED_PIXELS)
+        controls = [
+            _tokens(requested_size(one, size_of), PACKED_PIXELS) for one in self._family.controls(sample, sizes)
+        ]
+        known = {
+            "image_latents": ArtifactSize(target, self._channels),
             "img_shapes": ArtifactSize(1 + len(controls), 3, element_bytes=4),
         }
+        if controls:
+            known["control_latents"] = ArtifactSize(sum(controls), self._channels)
+        return {**known, **_mask_size(sample, target)}
 
     def text_sizes(self, sample: Sample, sizes: Sizes, size_of: SizeOf) -> Mapping[str, ArtifactSize]:
         """The prompt's and the empty prompt's embeddings and masks."""
-        area, multiple = sizes.condition_resolution**2, qwen_image_edit_plus.CONTROL_MULTIPLE
-        pictures = [fitted_size(*size_of(path), area, multiple) for path in sample.controls]
+        pictures = [requested_size(one, size_of) for one in self._family.condition_pictures(sample, sizes)]
         before, after = self._surroundings(len(pictures))
         before += sum(self._vision_tokens(*size) for size in pictures)
         words = len(self._tokenizer(sample.prompt)["input_ids"])
         empty, rows = before + after, before + words + after
+        if not pictures:
+            rows = min(rows, MAX_SEQUENCE_LENGTH)  # the edit pipelines cut nothing
         return {
             "prompt_embeds": ArtifactSize(rows, self._width, shared_rows=before),
             "prompt_embeds_mask": ArtifactSize(rows, 1, element_bytes=1),
@@ -111,20 +127,13 @@ class QwenImageEditPlusSizes:
 
         return Qwen2VLImageProcessorPil.from_pretrained(str(self._model), subfolder="processor")
 
-    @cached_property
-    def _template(self) -> tuple[str, int]:
-        from diffusers import QwenImageEditPlusPipeline
-
-        pipe = QwenImageEditPlusPipeline(None, None, None, None, None, None)
-        return pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx
-
     def _surroundings(self, pictures: int) -> tuple[int, int]:
         """Tokens before and after the words, without those of the pictures themselves."""
         if pictures not in self._known_surroundings:
-            template, dropped = self._template
+            template, dropped = prompt_template(self._family.pipeline_class_name)
             head, tail = template.split("{}")
-            named = "".join(f"Picture {number + 1}: <|vision_start|><|vision_end|>" for number in range(pictures))
-            before, after = (len(self._tokenizer(text)["input_ids"]) for text in (head + named, tail))
+            head = (head + self._family.words_before(pictures)).replace(_IMAGE_TOKEN, "")
+            before, after = (len(self._tokenizer(text)["input_ids"]) for text in (head, tail))
             self._known_surroundings[pictures] = before - dropped, after
         return self._known_surroundings[pictures]
 
@@ -139,22 +148,30 @@ class QwenImageEditPlusSizes:
 
 
 class FluxSizes:
-    """Sizes for FLUX.1."""
+    """Sizes for FLUX.1 and, with references, Kontext."""
 
     def __init__(self, model: Path) -> None:
         self._model = model
+        self._family = FluxKontext()
 
     def latent_sizes(self, sample: Sample, sizes: Sizes, size_of: SizeOf) -> Mapping[str, ArtifactSize]:
-        """`image_latents` and `img_shapes`."""
-        return {
-            "image_latents": ArtifactSize(_tokens(sample.size, flux.PACKED_PIXELS), self._channels),
-            "img_shapes": ArtifactSize(1, 3, element_bytes=4),
+        """`image_latents`, `img_shapes`, and `control_latents` and `loss_mask` where there are such pictures."""
+        target = _tokens(sample.size, flux_encoding.PACKED_PIXELS)
+        known = {
+            "image_latents": ArtifactSize(target, self._channels),
+            "img_shapes": ArtifactSize(1 + len(sample.controls), 3, element_bytes=4),
+            **_mask_size(sample, target),
         }
+        if sample.controls:
+            requests = self._family.controls(sample, sizes, size_of)
+            tokens = sum(_tokens(request.size, flux_encoding.PACKED_PIXELS) for request in requests if request.size)
+            known["control_latents"] = ArtifactSize(tokens, self._channels)
+        return known
 
     def text_sizes(self, sample: Sample, sizes: Sizes, size_of: SizeOf) -> Mapping[str, ArtifactSize]:
         """Both encoders' embeddings, which do not depend on the number of words."""
         pooled = ArtifactSize(1, self._pooled)
-        sequence = ArtifactSize(flux.MAX_SEQUENCE_LENGTH, self._width)
+        sequence = ArtifactSize(flux_encoding.MAX_SEQUENCE_LENGTH, self._width)
         return {
             "pooled_prompt_embeds": pooled,
             "empty_pooled_prompt_embeds": pooled,
@@ -173,6 +190,11 @@ class FluxSizes:
     @cached_property
     def _width(self) -> int:
         return int(_field(self._model / "text_encoder_2/config.json", "d_model"))
+
+
+def _mask_size(sample: Sample, tokens: int) -> Mapping[str, ArtifactSize]:
+    """`loss_mask` of a sample that has a mask."""
+    return {} if sample.mask is None else {LOSS_MASK: ArtifactSize(tokens, 1, element_bytes=4)}
 
 
 def _tokens(size: tuple[int, int], packed_pixels: int) -> int:

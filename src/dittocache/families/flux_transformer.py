@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dittocache.families.base import CacheContext, JointQKV, Polynomial, TokenLayout
 from dittocache.families.batch_rows import batch_rows
+from dittocache.families.denoiser import is_isolated
 from dittocache.families.lora_scale import lora_scaled, without_scale
 
 
@@ -32,6 +33,7 @@ class FluxTransformerAdapter:
         "FluxKontextInpaintPipeline",
     )
     attention_processor_class_names: tuple[str, ...] = ("FluxAttnProcessor",)
+    attention_kwargs_name = "joint_attention_kwargs"
     polynomial = Polynomial(
         coefficients=(498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),
         source="TeaCache's authors, for FLUX.1",
@@ -82,8 +84,24 @@ class FluxTransformerAdapter:
         return batch_rows(forward_kwargs, rows, (), whole=("img_ids", "txt_ids", "joint_attention_kwargs"))
 
     def noise_only_block(self, block_kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
-        """Nothing is left to cut: the frequencies follow from the ids."""
-        return dict(block_kwargs)
+        """The RoPE frequencies of text and noise; nothing is cut where the ids were cut before."""
+        tokens = block_kwargs["encoder_hidden_states"].shape[1] + layout.noise
+        return {**block_kwargs, "image_rotary_emb": _frequencies(block_kwargs, 0, tokens)}
+
+    def reference_only_block(self, block_kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
+        """No text; the references' RoPE frequencies."""
+        text = block_kwargs["encoder_hidden_states"]
+        start = text.shape[1] + layout.noise
+        freqs = _frequencies(block_kwargs, start, start + layout.reference)
+        return {**block_kwargs, "encoder_hidden_states": text[:, :0], "image_rotary_emb": freqs}
+
+    def timestep_embedder(self, module: nn.Module) -> nn.Module:
+        """`time_text_embed`."""
+        return cast(nn.Module, module.time_text_embed)
+
+    def reference_conditioning(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Zero for t, guidance and the pooled prompt: all of them are part of FLUX's one modulation vector."""
+        return tuple(argument * 0 for argument in arguments)
 
     def attention_modules(self, module: nn.Module) -> Sequence[nn.Module]:
         """`attn` of every block."""
@@ -130,8 +148,14 @@ class FluxTransformerAdapter:
         return image, attn.to_add_out(attended[:, :prefix].contiguous())
 
     def reference_is_exact(self, module: nn.Module) -> bool:
-        """False: Kontext's references attend to the noise and are modulated by the live t."""
-        return False
+        """Where they are isolated; else Kontext's references attend to the noise and are modulated by the live t."""
+        return is_isolated(module)
+
+
+def _frequencies(block_kwargs: Mapping[str, Any], start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, sin) of these tokens; the text stands first."""
+    cos, sin = block_kwargs["image_rotary_emb"]
+    return cos[start:end], sin[start:end]
 
 
 def _take_apart(

@@ -14,6 +14,7 @@ from torch import nn
 
 from dittocache.families.base import CacheContext, JointQKV, Polynomial, TokenLayout
 from dittocache.families.batch_rows import batch_rows
+from dittocache.families.denoiser import is_isolated
 from dittocache.families.lora_scale import lora_scaled, without_scale
 
 SPEC_POLYNOMIAL = Polynomial(
@@ -40,6 +41,7 @@ class QwenImageTransformerAdapter:
         "QwenImageLayeredPipeline",
     )
     attention_processor_class_names: tuple[str, ...] = ("QwenDoubleStreamAttnProcessor2_0",)
+    attention_kwargs_name = "attention_kwargs"
     polynomial = SPEC_POLYNOMIAL
     signal_ignores_text = True
 
@@ -90,6 +92,27 @@ class QwenImageTransformerAdapter:
         kwargs["image_rotary_emb"] = (image_freqs[: layout.noise], text_freqs)
         return kwargs
 
+    def reference_only_block(self, block_kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
+        """No text, no mask; the references' part of the RoPE frequencies. Modulation is one vector: no index."""
+        text = block_kwargs["encoder_hidden_states"]
+        image_freqs, text_freqs = block_kwargs["image_rotary_emb"]
+        end = layout.noise + layout.reference
+        return {
+            **block_kwargs,
+            "encoder_hidden_states": text[:, :0],
+            "encoder_hidden_states_mask": None,
+            "image_rotary_emb": (image_freqs[layout.noise : end], text_freqs[:0]),
+            "modulate_index": None,
+        }
+
+    def timestep_embedder(self, module: nn.Module) -> nn.Module:
+        """`time_text_embed`."""
+        return cast(nn.Module, module.time_text_embed)
+
+    def reference_conditioning(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """t = 0 as under `zero_cond_t`; what else there is (dtype, kind of picture) is no matter of step or prompt."""
+        return (arguments[0] * 0, *arguments[1:])
+
     def attention_modules(self, module: nn.Module) -> Sequence[nn.Module]:
         """`attn` of every block."""
         return [cast(nn.Module, block.attn) for block in self.blocks(module)]
@@ -115,7 +138,9 @@ class QwenImageTransformerAdapter:
         def heads(projected: Any, norm: nn.Module | None, freqs: torch.Tensor | None) -> Any:
             split = projected.unflatten(-1, (-1, width))  # (B, tokens, H, d)
             split = split if norm is None else norm(split)
-            return split if freqs is None else apply_rotary_emb_qwen(split, freqs, use_real=False)
+            if freqs is None or split.shape[1] == 0:  # no text, beside isolated references: nothing to rotate
+                return split
+            return apply_rotary_emb_qwen(split, freqs, use_real=False)
 
         image_freqs, text_freqs = (None, None) if image_rotary_emb is None else image_rotary_emb
         text, image = encoder_hidden_states, hidden_states
@@ -147,8 +172,8 @@ class QwenImageTransformerAdapter:
         return image, attn.to_add_out(attended[:, :prefix].contiguous())
 
     def reference_is_exact(self, module: nn.Module) -> bool:
-        """False: in stock checkpoints references attend to the noise, also under `zero_cond_t`."""
-        return False
+        """Where they are isolated; else references attend to the noise, also under `zero_cond_t`."""
+        return is_isolated(module)
 
 
 def _shapes_of(img_shapes: Any) -> list[Sequence[tuple[int, int, int]]]:

@@ -12,10 +12,20 @@ from torch import nn
 from dittocache.errors import ModelError
 from dittocache.families.base import Family, TransformerAdapter
 from dittocache.families.flux import Flux
+from dittocache.families.flux_kontext import FluxKontext
 from dittocache.families.loading import model_index
+from dittocache.families.qwen_image import QwenImage
+from dittocache.families.qwen_image_edit import QwenImageEdit
 from dittocache.families.qwen_image_edit_plus import QwenImageEditPlus
 
-_families: tuple[Family, ...] = (QwenImageEditPlus(), Flux(), Flux(name="flux-schnell", guidance=False))
+_families: tuple[Family, ...] = (
+    QwenImage(),
+    QwenImageEdit(),
+    QwenImageEditPlus(),
+    Flux(),
+    Flux(name="flux-schnell", guidance=False),
+    FluxKontext(),
+)
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for family in _families})
 
 

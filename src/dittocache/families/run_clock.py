@@ -116,10 +116,8 @@ class RunClock:
         if timesteps is not None and timesteps is self._marker and not self._scheduler_idle:
             if self._read is not timesteps:
                 longest = self._scheduler.config.num_train_timesteps
-                self._read, self._levels = (
-                    timesteps,
-                    [t / longest for t in cast(torch.Tensor, timesteps).tolist()] + [0.0],
-                )
+                levels = (cast(torch.Tensor, timesteps) / longest).tolist()
+                self._read, self._levels = timesteps, [*levels, 0.0]
             return self._levels[self._index], self._levels[self._index + 1]
         now = _value(self._timestep)
         if now != self._levels_by_hand[0]:

@@ -157,7 +157,7 @@ def _encode_on_ray(
 def settings_for_ray(inputs: RunInputs) -> dict[str, Any]:
     """The run's settings for a process in another folder, perhaps on another machine, that sees its own GPU only."""
     settings = inputs.config.model_dump(mode="json")
-    settings["data"]["path"] = str(inputs.config.data.path.absolute())
+    settings["data"] = inputs.config.data.absolute().model_dump(mode="json")
     if inputs.config.cache.folder is not None:
         settings["cache"]["cache_dir"] = str(inputs.config.cache.folder.absolute())
     if Path(inputs.model).exists():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +13,16 @@ from dittocache.errors import ConfigError
 from dittocache.events import EventLog, Progress
 from dittocache.families.loading import component_names
 from dittocache.families.pictures import open_picture
+from dittocache.jobs.edits import PLAIN, Edit, Way, make_picture
 from dittocache.jobs.inputs import RunInputs
 from dittocache.jobs.run_folder import LORA_NAME, SAMPLES_NAME
 from dittocache.quality.metrics import capped, psnr
-from dittocache.referencekv.config import ReferenceKVConfig
-from dittocache.sampling.config import GenerateConfig
-from dittocache.sampling.generate import Picture, generate
+from dittocache.sampling.generate import Picture, steps_of
 from dittocache.sampling.trace import Trace
-from dittocache.teacache.config import TeaCacheConfig
 
 SHOWN_OF_DATA = 4  # samples of the training set that are edited where there is no held-out set
 COMPARED = 3  # edits that are made in every way
 REPEATS = 2  # runs of each, of which the fastest counts
-
-
-@dataclass(frozen=True)
-class Edit:
-    """What to make: reference pictures, words, and the right outcome where it is known."""
-
-    name: str
-    images: tuple[Path, ...]
-    prompt: str
-    target: Path | None = None
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way of making an edit."""
-
-    label: str
-    role: str
-    settings: str = ""
-    steps: int | None = None
-    teacache: TeaCacheConfig | None = None
-    reference_kv: ReferenceKVConfig | None = None
 
 
 def generate_edits(inputs: RunInputs, log: EventLog) -> None:
@@ -64,13 +39,12 @@ def generate_edits(inputs: RunInputs, log: EventLog) -> None:
     progress = Progress(log, len(edits) * (1 + has_lora) + REPEATS * len(compared) * (2 + len(cached_ways(inputs))))
     maker = _Maker(inputs, pipe, progress)
     maker.warm_up(edits[0])
-    plain = Way("plain", "uncached")
     pictures: dict[str, dict[str, Any]] = {}
     for kind in ("base", "lora") if has_lora else ("base",):
         if kind == "lora":
             pipe.load_lora_weights(str(inputs.run_dir / LORA_NAME))
         for number, edit in enumerate(edits):
-            picture = maker.make(edit, number, plain)
+            picture = maker.make(edit, number, PLAIN)
             pictures.setdefault(edit.name, {})[kind] = maker.save(picture.image, f"{edit.name}-{kind}")
     rows = [_described(edit, inputs) | pictures[edit.name] for edit in edits]
     log.emit("result", edits=rows, held_out=bool(inputs.held_out), **_gain(rows, inputs.run_dir))
@@ -150,14 +124,12 @@ class _Maker:
         image.save(file)
         return f"{SAMPLES_NAME}/{file.name}"
 
+    def steps(self) -> int:
+        """Denoising steps of a picture, as set or usual."""
+        return steps_of(self._pipe, self._inputs.config.generate)
+
     def _generate(self, edit: Edit, number: int, way: Way) -> Picture:
-        settings: GenerateConfig = self._inputs.config.generate
-        update: dict[str, Any] = {"seed": settings.seed + number}
-        if way.steps is not None:
-            update["num_inference_steps"] = way.steps
-        config = settings.model_copy(update=update)
-        sizes = self._inputs.sizes
-        return generate(self._pipe, edit.images, edit.prompt, config, sizes, way.teacache, way.reference_kv)
+        return make_picture(self._inputs, self._pipe, edit, number, way)
 
 
 def _compared(inputs: RunInputs, maker: _Maker, edits: Sequence[Edit]) -> list[dict[str, Any]]:
@@ -180,7 +152,7 @@ def _compared(inputs: RunInputs, maker: _Maker, edits: Sequence[Edit]) -> list[d
 
 def _baseline_steps(inputs: RunInputs, maker: _Maker, edit: Edit) -> int:
     """Plain steps for the baseline, from one timing of each way."""
-    steps = inputs.config.generate.num_inference_steps
+    steps = maker.steps()
     seconds, half = (
         maker.seconds_of(edit, Way("timing", "uncached", steps=count)) for count in (steps, max(1, steps // 2))
     )
@@ -212,7 +184,9 @@ def _patterns(trace: Trace) -> dict[str, list[str]]:
 
 
 def _edit(sample: Sample) -> Edit:
-    return Edit(sample.name, sample.controls, sample.prompt, sample.target)
+    """As in training; without references nothing but the sample tells the picture's ratio."""
+    size = None if sample.controls else sample.size
+    return Edit(sample.name, sample.controls, sample.prompt, sample.target, size, sample.control_resolution)
 
 
 def _described(edit: Edit, inputs: RunInputs) -> dict[str, Any]:

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 
 from dittocache.config import BUNDLED, RunConfig
-from dittocache.data.config import DataConfig
 from dittocache.data.digests import ContentIndex
-from dittocache.data.folder import load_folder
+from dittocache.data.loading import load_samples
 from dittocache.data.sample import Sample
 from dittocache.embeddings.planning.manifest import Manifest
 from dittocache.embeddings.planning.plan import Plan, make_plan
@@ -75,20 +74,20 @@ class RunInputs:
     @cached_property
     def sizes(self) -> Sizes:
         """To what size pictures are brought."""
-        return Sizes(self.config.data.resolution, self.config.data.condition_resolution)
+        return Sizes(self.config.data.side, self.config.data.condition_resolution)
 
     @cached_property
     def samples(self) -> Sequence[Sample]:
         """The training set; raises DataError listing every problem."""
-        return load_folder(self.config.data, self.family.size_multiple, self._memory)
+        return load_samples(self.config.data, self.family.size_multiple, self._memory)
 
     @cached_property
     def held_out(self) -> Sequence[Sample]:
-        """The held-out set, empty where there is none; raises DataError listing every problem."""
+        """The held-out set, unmirrored and in one resolution; empty where there is none, raises as `samples`."""
         if self.config.held_out is None:
             return []
-        settings = {**self.config.data.model_dump(), "path": self.config.held_out}
-        return load_folder(DataConfig.model_validate(settings), self.family.size_multiple, self._memory)
+        held_out = self.config.data.held_out(self.config.held_out)
+        return load_samples(held_out, self.family.size_multiple, self._memory)
 
     @property
     def _memory(self) -> Path | None:

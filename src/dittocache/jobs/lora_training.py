@@ -20,7 +20,7 @@ from dittocache.embeddings.reading.reader import CachedSamples
 from dittocache.events import EventLog, Progress
 from dittocache.jobs.inputs import RunInputs, load_manifest
 from dittocache.jobs.run_folder import CHECKPOINTS_NAME, LORA_NAME
-from dittocache.jobs.training_identity import run_identity
+from dittocache.jobs.training_identity import run_identity, sample_repeats
 from dittocache.jobs.training_memory import memory_plan
 from dittocache.jobs.training_pictures import TrainingPictures
 from dittocache.jobs.training_processes import other_processes
@@ -30,6 +30,7 @@ from dittocache.training.frozen_base import load_frozen
 from dittocache.training.interrupt import stop_on_signals
 from dittocache.training.loop import TrainState, train_lora
 from dittocache.training.lora import WEIGHT_NAME, add_lora
+from dittocache.training.schedule import epoch_length, with_steps
 from dittocache.training.sources import CachedSource, LiveSource, MixedSource, Source
 
 FINISHED_MARK = "finished"  # in the checkpoints' folder: that training is complete, the next one starts anew
@@ -59,8 +60,10 @@ def _train(inputs: RunInputs, log: EventLog) -> None:
     folder = inputs.run_dir / CHECKPOINTS_NAME
     saved = checkpoints(folder)
     done = checkpoint_step(saved[-1]) if saved else 0
-    log.emit("result", resumed_from=done, steps=config.steps)
     names, source = open_source(inputs, log, device)
+    repeats = sample_repeats(inputs, names)
+    config = with_steps(config, epoch_length(names, repeats), accelerator.num_processes)
+    log.emit("result", resumed_from=done, steps=config.steps)
     plan = memory_plan(inputs, names, source)
     log.message(plan.describe())
     log.emit("result", memory_plan=plan.as_dict())
@@ -89,6 +92,7 @@ def _train(inputs: RunInputs, log: EventLog) -> None:
             resume=True,
             should_stop=should_stop,
             identity=identity,
+            repeats=repeats,
             notice=warn,
         ):
             states.append(state)

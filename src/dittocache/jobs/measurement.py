@@ -44,7 +44,7 @@ def measure(inputs: RunInputs, log: EventLog) -> None:
 def _timed(
     inputs: RunInputs, transformer: Any, accelerator: Any, source: Source, names: Sequence[str], progress: Progress
 ) -> dict[str, float | int]:
-    settings = inputs.config.train.model_copy(update={"steps": WARM_UP_STEPS + MEASURED_STEPS})
+    settings = inputs.config.train.model_copy(update={"epochs": None, "steps": WARM_UP_STEPS + MEASURED_STEPS})
     seconds = []
     dropout = inputs.config.data.caption_dropout
     for state in train_lora(transformer, inputs.family, source, names, settings, accelerator, caption_dropout=dropout):

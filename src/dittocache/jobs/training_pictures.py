@@ -12,10 +12,10 @@ import torch
 from dittocache.embeddings.reading.reader import CachedSamples
 from dittocache.errors import RecordCorruptError, RecordMissingError
 from dittocache.families.loading import component_names
-from dittocache.jobs.generation import Edit, chosen_edits
+from dittocache.jobs.edits import Edit, make_picture
+from dittocache.jobs.generation import chosen_edits
 from dittocache.jobs.inputs import RunInputs, load_manifest, text_encoders
 from dittocache.jobs.run_folder import SAMPLES_NAME
-from dittocache.sampling.generate import generate
 
 PROMPT_ARTIFACTS = ("prompt_embeds", "prompt_embeds_mask", "pooled_prompt_embeds")  # named as the pipelines' arguments
 
@@ -47,10 +47,7 @@ class TrainingPictures:
         rows = []
         with self._ready() as pipe:
             for number, edit in enumerate(self.edits):
-                settings = self._inputs.config.generate
-                settings = settings.model_copy(update={"seed": settings.seed + number})
-                embeds = self._prompts.get(edit.name)
-                picture = generate(pipe, edit.images, edit.prompt, settings, self._inputs.sizes, prompt_embeds=embeds)
+                picture = make_picture(self._inputs, pipe, edit, number, prompt_embeds=self._prompts.get(edit.name))
                 file = folder / f"{edit.name.replace('/', '-')}.png"
                 picture.image.save(self._inputs.run_dir / file)
                 source = str(edit.images[0]) if edit.images else None
@@ -87,10 +84,12 @@ def validation_edits(inputs: RunInputs) -> Sequence[Edit]:
         return chosen_edits(inputs)[: settings.validation_pictures]
     samples = inputs.held_out or inputs.samples
     prompts = settings.validation_prompts[: settings.validation_pictures]
-    return [
-        Edit(f"prompt-{number}", samples[number % len(samples)].controls, prompt)
-        for number, prompt in enumerate(prompts, start=1)
-    ]
+    edits = []
+    for number, prompt in enumerate(prompts, start=1):
+        sample = samples[number % len(samples)]
+        name = f"prompt-{number}"
+        edits.append(Edit(name, sample.controls, prompt, control_resolution=sample.control_resolution))
+    return edits
 
 
 def cached_prompts(

@@ -146,9 +146,9 @@ def _check_devices(inputs: RunInputs, problems: list[str]) -> None:
 
 def _check_bundled(inputs: RunInputs, problems: list[str]) -> None:
     data = inputs.config.data
-    if inputs.config.model.path == BUNDLED and data.resolution > BUNDLED_RESOLUTION:
+    if inputs.config.model.path == BUNDLED and data.side > BUNDLED_RESOLUTION:
         problems.append(
-            f"data.resolution: found {data.resolution}; the bundled model was trained on pictures of 128 pixels a "
+            f"data.resolution: found {data.side}; the bundled model was trained on pictures of 128 pixels a "
             "side: set data.resolution to 128 and data.condition_resolution to 64"
         )
 

@@ -1,4 +1,4 @@
-"""Attention in which reference tokens may be present by their kept keys and values only.
+"""Attention in which reference tokens may be present by their keys and values only.
 
 Shapes: B batch, T text tokens, N noise tokens, R reference tokens, H heads, d head width.
 """
@@ -9,37 +9,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
+from dittocache.errors import ReferenceCacheError
 from dittocache.families.base import JointQKV, TransformerAdapter
 
 Exchange = Callable[[int, JointQKV], tuple[torch.Tensor, torch.Tensor]]
 
 
-class ReferenceAttention:
-    """Stands in for the stock attention processor of one block.
+class AttentionStandIn:
+    """Stands in for the stock attention processor of one block and follows its arithmetic.
 
     Args:
         stock: the processor that it stands in for; keeps its backend.
-        block: number of the block: its slot.
         adapter: the model's transformer side.
-        exchange: takes (block, Q K V of the tokens that are there), gives the keys and values to attend to; None
-            from `is_stock()` means that the stock processor runs.
-        is_stock: whether this step runs the stock processor.
     """
 
-    def __init__(
-        self,
-        stock: Any,
-        block: int,
-        adapter: TransformerAdapter,
-        exchange: Exchange,
-        is_stock: Callable[[], bool],
-    ) -> None:
+    def __init__(self, stock: Any, adapter: TransformerAdapter) -> None:
         self.stock = stock
-        self._block = block
         self._adapter = adapter
-        self._exchange = exchange
-        self._is_stock = is_stock
 
     # diffusers sets these two on whatever processor a block has.
     @property
@@ -58,6 +46,50 @@ class ReferenceAttention:
     def _parallel_config(self, config: Any) -> None:
         self.stock._parallel_config = config
 
+    def _attend(
+        self, attn: Any, joint: JointQKV, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> Any:
+        """The stock processor's result for the queries of `joint`, over keys and values `(B, keys, H, d)`."""
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        attended = dispatch_attention_fn(
+            joint.query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=0.0,
+            is_causal=False,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        attended = attended.flatten(2, 3).to(joint.query.dtype)  # (B, T + tokens, H * d)
+        return self._adapter.project_attention(attn, attended, joint.prefix)
+
+
+class ReferenceAttention(AttentionStandIn):
+    """Attention of a block whose references are computed in some steps and remembered in others.
+
+    Args:
+        stock: the processor that it stands in for.
+        block: number of the block: its slot.
+        adapter: the model's transformer side.
+        exchange: takes (block, Q K V of the tokens that are there), gives the keys and values to attend to.
+        is_stock: whether this step runs the stock processor.
+    """
+
+    def __init__(
+        self,
+        stock: Any,
+        block: int,
+        adapter: TransformerAdapter,
+        exchange: Exchange,
+        is_stock: Callable[[], bool],
+    ) -> None:
+        super().__init__(stock, adapter)
+        self._block = block
+        self._exchange = exchange
+        self._is_stock = is_stock
+
     # The attention modules pass only arguments that are named here, FLUX's the first five by position.
     def __call__(
         self,
@@ -73,27 +105,38 @@ class ReferenceAttention:
             masks = {"attention_mask": attention_mask, "encoder_hidden_states_mask": encoder_hidden_states_mask}
             given = {name: mask for name, mask in masks.items() if mask is not None}
             return self.stock(attn, hidden_states, encoder_hidden_states, image_rotary_emb=image_rotary_emb, **given)
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
         joint = self._adapter.joint_qkv(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
         key, value = self._exchange(self._block, joint)  # (B, T + N + R, H, d)
-        attended = dispatch_attention_fn(
-            joint.query,
-            key,
-            value,
-            attn_mask=_key_mask(attention_mask, encoder_hidden_states_mask, key.shape[1]),
-            dropout_p=0.0,
-            is_causal=False,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
-        attended = attended.flatten(2, 3).to(joint.query.dtype)  # (B, T + tokens, H * d)
-        return self._adapter.project_attention(attn, attended, joint.prefix)
+        mask = key_mask(attention_mask, encoder_hidden_states_mask, key.shape[1])
+        return self._attend(attn, joint, key, value, mask)
 
 
-def _key_mask(attention_mask: torch.Tensor | None, text_mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:
+def key_mask(attention_mask: torch.Tensor | None, text_mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:
     """Mask over all keys, `(B, 1, 1, T + N + R)`: text as `text_mask` `(B, T)` says, every image token visible."""
     if text_mask is None:
         return attention_mask
     image = text_mask.new_ones((text_mask.shape[0], keys - text_mask.shape[1]), dtype=torch.bool)
     return torch.cat([text_mask.to(torch.bool), image], dim=1)[:, None, None, :]
+
+
+def check_attention(module: nn.Module, adapter: TransformerAdapter, feature: str) -> None:
+    """Raise ReferenceCacheError where attention is not computed as `adapter.joint_qkv` does; `feature` needs it."""
+    expected = adapter.attention_processor_class_names
+    attention_modules: list[Any] = list(adapter.attention_modules(module))
+    for block, attention in enumerate(attention_modules):
+        found = type(attention.processor).__name__
+        if found not in expected:
+            raise ReferenceCacheError(
+                f"block {block} of {type(module).__name__} attends with {found}, but {feature} follows "
+                f"{' or '.join(expected)}; put that back with set_attn_processor"
+            )
+        if getattr(attention, "fused_projections", False):
+            raise ReferenceCacheError(
+                f"block {block} of {type(module).__name__} has fused projections, which {feature} does "
+                "not follow; call unfuse_qkv_projections() first"
+            )
+        if getattr(attention.processor, "_parallel_config", None) is not None:
+            raise ReferenceCacheError(
+                f"context parallelism splits the tokens between devices, which {feature} cannot follow; "
+                "turn one of them off"
+            )

@@ -16,15 +16,16 @@ from torch import nn
 
 from dittocache.errors import ModelError, ReferenceCacheError
 from dittocache.families.base import JointQKV, TokenLayout, TransformerAdapter
-from dittocache.families.denoiser import find_denoiser, installed_hook, remove_hook
+from dittocache.families.denoiser import REFERENCE_KV_HOOK, find_denoiser, installed_hook, is_isolated, remove_hook
 from dittocache.families.registry import adapter_of
 from dittocache.families.run_clock import BranchListener, RunClock, bind_forward
-from dittocache.referencekv.attention import ReferenceAttention
+from dittocache.referencekv.attention import ReferenceAttention, check_attention
 from dittocache.referencekv.config import ReferenceKVConfig
+from dittocache.referencekv.isolation import PASSING, ReferencePass
 from dittocache.referencekv.policy import refresh_now
 from dittocache.referencekv.store import BranchKV, RunKV
 
-HOOK_NAME = "dittocache_reference_kv"
+HOOK_NAME = REFERENCE_KV_HOOK
 
 
 class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
@@ -54,6 +55,7 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
         self._layout = TokenLayout(0, 0)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._attention: list[tuple[Any, ReferenceAttention]] = []
+        self._isolated = False
 
     @property
     def bytes_held(self) -> int:
@@ -61,8 +63,15 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
         return self._kept.bytes_held
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
-        """Called by diffusers when the hook is registered: stands in for every attention processor."""
+        """Called by diffusers when the hook is registered: stands in for every attention processor.
+
+        Blocks with isolated references give and take keys and values by themselves.
+        """
         modules: list[Any] = list(self._adapter.attention_modules(module))
+        self._kept = RunKV(len(modules))
+        self._isolated = is_isolated(module)
+        if self._isolated:
+            return module
         for block, attention in enumerate(modules):
             stand_in = ReferenceAttention(
                 attention.processor, block, self._adapter, self._exchange, self._runs_stock_attention
@@ -72,7 +81,6 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
         self._handles = [
             block.register_forward_pre_hook(self._cut_block, with_kwargs=True) for block in self._adapter.blocks(module)
         ]
-        self._kept = RunKV(len(modules))
         return module
 
     def deinitalize_hook(self, module: nn.Module) -> nn.Module:
@@ -119,12 +127,16 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
             branch.reused = 0
             return self.fn_ref.original_forward(**forward_kwargs)
         branch.begin_filling()
+        if self._isolated:
+            self._passing(forward_kwargs).keep = branch.put
         with self._step(layout, filling=branch):
             output = self.fn_ref.original_forward(**forward_kwargs)
         branch.filled()
         return output
 
     def _cached(self, branch: BranchKV, forward_kwargs: dict[str, Any], layout: TokenLayout) -> Any:
+        if self._isolated:
+            self._passing(forward_kwargs).take = branch.take
         with self._step(layout, reading=branch):
             output = self.fn_ref.original_forward(**self._adapter.noise_only(forward_kwargs, layout))
         branch.reused = (branch.reused or 0) + 1
@@ -140,6 +152,11 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
             yield
         finally:
             self._filling = self._reading = None
+
+    def _passing(self, forward_kwargs: dict[str, Any]) -> ReferencePass:
+        """What the isolation has put among the arguments of this call."""
+        passing: ReferencePass = forward_kwargs[self._adapter.attention_kwargs_name][PASSING]
+        return passing
 
     def _runs_stock_attention(self) -> bool:
         return self._filling is None and self._reading is None
@@ -191,7 +208,8 @@ def apply_reference_kv(target: Any, config: ReferenceKVConfig, clock: RunClock |
             f"the reference KV cache is on for this {type(denoiser.module).__name__} already; "
             "remove it before applying it again"
         )
-    _check(denoiser.module, adapter)
+    if not is_isolated(denoiser.module):
+        check_attention(denoiser.module, adapter, "the reference KV cache")
     hook = ReferenceKVHook(config, adapter, clock or RunClock(adapter, denoiser.scheduler))
     HookRegistry.check_if_exists_or_initialize(denoiser.module).register_hook(hook, HOOK_NAME)
     return hook
@@ -200,26 +218,3 @@ def apply_reference_kv(target: Any, config: ReferenceKVConfig, clock: RunClock |
 def remove_reference_kv(target: Any) -> None:
     """Take the reference KV cache off and put the stock attention processors back."""
     remove_hook(find_denoiser(target).module, HOOK_NAME)
-
-
-def _check(module: nn.Module, adapter: TransformerAdapter) -> None:
-    """Raise ReferenceCacheError where attention is not computed as `adapter.joint_qkv` does."""
-    expected = adapter.attention_processor_class_names
-    attention_modules: list[Any] = list(adapter.attention_modules(module))
-    for block, attention in enumerate(attention_modules):
-        found = type(attention.processor).__name__
-        if found not in expected:
-            raise ReferenceCacheError(
-                f"block {block} of {type(module).__name__} attends with {found}, but the reference KV cache follows "
-                f"{' or '.join(expected)}; put that back with set_attn_processor"
-            )
-        if getattr(attention, "fused_projections", False):
-            raise ReferenceCacheError(
-                f"block {block} of {type(module).__name__} has fused projections, which the reference KV cache does "
-                "not follow; call unfuse_qkv_projections() first"
-            )
-        if getattr(attention.processor, "_parallel_config", None) is not None:
-            raise ReferenceCacheError(
-                "context parallelism splits the tokens between devices, which the reference KV cache cannot follow; "
-                "turn one of them off"
-            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dittocache.settings import Settings
 
@@ -19,8 +19,19 @@ class GenerateConfig(Settings):
     image: list[Path] = Field(default_factory=list)
     """Reference pictures; the data set's controls are used when left out."""
 
-    num_inference_steps: int = Field(default=28, ge=1)
-    """Denoising steps."""
+    width: int | None = Field(default=None, ge=1)
+    """Width of the pictures in pixels, a multiple of 16, given with `height`; else the last reference's ratio at the
+    area of `data.resolution` squared, a square where there is none."""
+
+    height: int | None = Field(default=None, ge=1)
+    """Height of the pictures in pixels, a multiple of 16, given with `width`."""
+
+    num_inference_steps: int | None = Field(default=None, ge=1)
+    """Denoising steps; when left out 4 for FLUX.1-schnell, 28 for all others."""
+
+    guidance_scale: float | None = Field(default=None, ge=0)
+    """Guidance that a guidance-distilled model is told; when left out 3.5 for FLUX.1-dev, 2.5 for FLUX.1-Kontext. Other
+    models take `true_cfg_scale`."""
 
     true_cfg_scale: float = Field(default=1.0, ge=0)
     """Classifier-free guidance; 1 is off (one transformer pass a step)."""
@@ -35,3 +46,10 @@ class GenerateConfig(Settings):
     @classmethod
     def _one_picture_is_a_list_of_one(cls, value: Any) -> Any:
         return [value] if isinstance(value, (str, Path)) else value
+
+    @model_validator(mode="after")
+    def _both_sides_or_none(self) -> GenerateConfig:
+        if (self.width is None) != (self.height is None):
+            given, missing = ("width", "height") if self.height is None else ("height", "width")
+            raise ValueError(f"{given} is given without {missing}; give both, or leave both out")
+        return self

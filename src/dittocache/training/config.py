@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from dittocache.settings import Settings
 
@@ -14,6 +14,9 @@ class TrainConfig(Settings):
 
     steps: int = Field(default=1000, ge=1)
     """Optimizer steps."""
+
+    epochs: int | None = Field(default=None, ge=1)
+    """Passes over the data set, repeats included, in place of `steps`, which then follow from it."""
 
     batch_size: int = Field(default=1, ge=1)
     """Samples that pass the transformer at once, on each process."""
@@ -57,8 +60,15 @@ class TrainConfig(Settings):
     alpha: int | None = Field(default=None, ge=1)
     """LoRA alpha; the rank when left out."""
 
+    lora_targets: list[str] | str | None = Field(default=None, min_length=1)
+    """Layers that get a LoRA: ends of their names, `[to_q, to_k, to_v, to_out.0]`, or one regular expression for the
+    whole name; the family's own when left out."""
+
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the LoRA's inputs that is set to zero in each step."""
+
+    reference_visibility: Literal["full", "isolated"] = "full"
+    """What reference tokens see; `isolated`: references only, at t = 0, so that a reference KV cache is exact."""
 
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradient clipping."""
@@ -119,6 +129,23 @@ class TrainConfig(Settings):
 
     seed: int = 0
     """Seed of noise, timesteps and sample order."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_steps_beside_epochs(cls, settings: Any) -> Any:
+        if not isinstance(settings, dict) or settings.get("epochs") is None:
+            return settings
+        if settings.get("steps") is not None:
+            raise ValueError("train.steps or train.epochs, not both; take one away, or set it to null")
+        return {name: value for name, value in settings.items() if name != "steps"}
+
+    @model_serializer(mode="wrap")
+    def _saved_with_one_of_both(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `steps` where `epochs` count, so that what was saved can be read again."""
+        settings: dict[str, Any] = handler(self)
+        if self.epochs is not None:
+            settings.pop("steps", None)
+        return settings
 
     @field_validator("log_with", mode="before")
     @classmethod

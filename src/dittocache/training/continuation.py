@@ -10,9 +10,21 @@ from typing import Any
 from dittocache.errors import ConfigError
 from dittocache.families.base import Family
 from dittocache.training.config import TrainConfig
+from dittocache.training.schedule import NO_REPEATS
 
 REFUSED = frozenset(
-    {"family", "model", "rank", "alpha", "targets", "optimizer", "averaged", "base_quantization", "timestep_sampling"}
+    {
+        "family",
+        "model",
+        "rank",
+        "alpha",
+        "targets",
+        "optimizer",
+        "averaged",
+        "base_quantization",
+        "timestep_sampling",
+        "reference_visibility",
+    }
 )
 """Other values of these make the saved weights or moments mean something else."""
 
@@ -36,6 +48,12 @@ SHARED = frozenset({"batch_size", "gradient_accumulation_steps", "processes"})
 ONLY_IN_SCHEDULES = frozenset({"steps"})
 """What matters only where the learning rate goes down with the steps."""
 
+MEANINGS = {
+    "data": "the samples, their files, captions or repeats are not those that the checkpoint was trained on",
+    "model": "the transformer's weights or its number format are not those that the checkpoint was trained on",
+}
+"""In words, what a difference of digests says."""
+
 
 def run_settings(
     config: TrainConfig,
@@ -44,13 +62,16 @@ def run_settings(
     caption_dropout: float,
     processes: int,
     identity: Mapping[str, str],
+    repeats: Mapping[str, int] = NO_REPEATS,
 ) -> dict[str, Any]:
     """What a run's numbers depend on, as JSON values, to be stored in its checkpoints.
 
     Args:
         identity: digests of the `model` and of the `data`; a digest of the samples' names stands in for the data.
+        repeats: how often a sample comes in an epoch; once where it has no entry.
     """
-    digest = hashlib.blake2b("\n".join(sorted(names)).encode(), digest_size=16).hexdigest()
+    lines = [f"{name}\t{repeats[name]}" if repeats.get(name, 1) > 1 else name for name in sorted(names)]
+    digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
     alpha = config.alpha if config.alpha is not None else config.rank
     return {
         **config.model_dump(mode="json", exclude={"alpha"}),
@@ -73,6 +94,7 @@ def check_continuation(saved: Mapping[str, Any], current: Mapping[str, Any], che
     A run that goes on with such a difference is not what an uninterrupted one would have been. Raises ConfigError
     that lists the differences which make it no continuation at all.
     """
+    saved = {"reference_visibility": "full", **saved}  # of before there was a choice
     ignored = set(FREE | SHARED)
     if saved.get("lr_schedule") == current.get("lr_schedule") == "constant":
         ignored |= ONLY_IN_SCHEDULES
@@ -88,4 +110,6 @@ def check_continuation(saved: Mapping[str, Any], current: Mapping[str, Any], che
 
 
 def _line(name: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
-    return f"{name}: the checkpoint has {saved.get(name)!r}, this run has {current.get(name)!r}"
+    words = MEANINGS.get(name)
+    found = f"the checkpoint has {saved.get(name)!r}, this run has {current.get(name)!r}"
+    return f"{name}: {words} ({found})" if words else f"{name}: {found}"

@@ -26,7 +26,14 @@ from dittocache.training.checkpoint import (
 from dittocache.training.config import TrainConfig
 from dittocache.training.continuation import check_continuation, run_settings
 from dittocache.training.optimizers import learning_rate_schedule, make_optimizer, restore_arguments
-from dittocache.training.schedule import MicroBatch, global_batches, micro_batches
+from dittocache.training.schedule import (
+    NO_REPEATS,
+    MicroBatch,
+    epoch_length,
+    global_batches,
+    micro_batches,
+    with_steps,
+)
 from dittocache.training.sources import Source
 from dittocache.training.step import StepGradients, StepRunner
 
@@ -77,6 +84,7 @@ def train_lora(
     resume: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     identity: Mapping[str, str] | None = None,
+    repeats: Mapping[str, int] = NO_REPEATS,
     notice: Callable[[str], None] = lambda text: None,
 ) -> Iterator[TrainState]:
     """Train the LoRA that `add_lora` put into `transformer`, yielding a `TrainState` after every step.
@@ -90,6 +98,7 @@ def train_lora(
         resume: go on from the newest checkpoint there, if any, exactly as if the run had not been interrupted.
         should_stop: asked after every step; when true, a checkpoint is written and the run ends.
         identity: digests of the `model` and of the `data`, compared when resuming.
+        repeats: how often a sample comes in an epoch; once where it has no entry.
         notice: called with a sentence for the user where a resumed run is not quite a continuation.
 
     Raises:
@@ -99,9 +108,11 @@ def train_lora(
     """
     accelerator = accelerator if accelerator is not None else make_accelerator(config)
     started = time.perf_counter()
+    length = epoch_length(names, repeats)
+    config = with_steps(config, length, accelerator.num_processes)
     trained = _trained(transformer, family, config, accelerator)
     rank, world = accelerator.process_index, accelerator.num_processes
-    settings = run_settings(config, family, names, caption_dropout, world, identity or {})
+    settings = run_settings(config, family, names, caption_dropout, world, identity or {}, repeats)
     done = _resumed(checkpoint_dir, resume, trained, settings, notice)
     restore_arguments(trained.optimizer, config)
     rate_at = learning_rate_schedule(config)
@@ -111,7 +122,7 @@ def train_lora(
 
     size = int(settings["global_batch"])
     buckets = {name: source.bucket(name) if size > 1 else () for name in names}
-    batches = islice(global_batches(buckets, size, config.seed), done, config.steps)
+    batches = islice(global_batches(buckets, size, config.seed, repeats), done, config.steps)
     planned = [micro_batches(batch, buckets, config.batch_size, rank, world) for batch in batches]
     stream = source.stream([part.names for parts in planned for part in parts])
     runner = StepRunner(model, trained, config, accelerator, stream, size // world, caption_dropout)
@@ -140,7 +151,7 @@ def train_lora(
             load_seconds=outcome.load_seconds,
             grad_norm=grad_norm,
             names=tuple(name for part in parts for name in part.names),
-            epoch=(step + 1) * size / len(names),
+            epoch=(step + 1) * size / length,
             to_use=lambda: averaged(trained),
         )
         last = step + 1 == config.steps

@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from dittocache.errors import ModelError
 from dittocache.families.base import Family
+from dittocache.families.denoiser import is_isolated
 from dittocache.families.loading import diffusers_class
+from dittocache.referencekv.isolation import isolate_references
 from dittocache.training.config import TrainConfig
 
 ADAPTER_NAME = "default"
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` looks for
 SETTINGS_KEY = "dittocache"  # metadata entry beside PEFT's own
+VISIBILITY_KEY = "reference_visibility"  # the same: `full` or `isolated`, what it was trained with
+
+Visibility = Literal["full", "isolated"]
 
 
 def add_lora(transformer: Any, family: Family, config: TrainConfig) -> list[torch.nn.Parameter]:
-    """Freeze `transformer`, add a LoRA on the family's targets, and return its parameters (float32, trainable).
+    """Freeze `transformer`, add a LoRA on its target layers, and return its parameters (float32, trainable).
 
-    The first factor is drawn from `config.seed`, whatever was drawn before; the second is zero, so that the output
-    does not change. Raises ModelError where the transformer has an adapter already, or none of the targets.
+    The targets are `config.lora_targets`, else the family's. The first factor is drawn from `config.seed`, whatever
+    was drawn before; the second is zero, so that the output does not change. With `config.reference_visibility`
+    isolated the transformer's references are isolated from here on, in training and in pictures made with it.
+
+    Raises ModelError where the transformer has an adapter already, or one of the targets is not there, and
+    ReferenceCacheError where references cannot be isolated.
     """
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
@@ -32,12 +42,15 @@ def add_lora(transformer: Any, family: Family, config: TrainConfig) -> list[torc
     if ADAPTER_NAME in getattr(transformer, "peft_config", {}):
         raise ModelError(f"the transformer already has an adapter named {ADAPTER_NAME!r}; load the model anew")
     transformer.requires_grad_(False)
+    targets = config.lora_targets or family.lora_targets
+    if config.lora_targets is not None:
+        _require_targets(transformer, config.lora_targets)
     lora_config = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha if config.alpha is not None else config.rank,
         lora_dropout=config.lora_dropout,
         init_lora_weights=True,
-        target_modules=list(family.lora_targets),
+        target_modules=target_pattern(targets),
     )
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -47,15 +60,48 @@ def add_lora(transformer: Any, family: Family, config: TrainConfig) -> list[torc
             raise ModelError(
                 f"cannot add a LoRA of family {family.name!r} to a {type(transformer).__name__}: {error}"
             ) from error
+    if config.reference_visibility == "isolated" and not is_isolated(transformer):
+        isolate_references(transformer)
     cast_training_params(transformer, dtype=torch.float32)  # 16-bit AdamW loses small updates
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
+def target_pattern(targets: str | Sequence[str]) -> str:
+    """The regular expression of whole module names for `peft.LoraConfig(target_modules=...)`.
+
+    `targets` is that expression, or a list of expressions for how a name ends, from a dot on. PEFT's own lists cannot
+    tell FLUX's `single_transformer_blocks.0.proj_out` from the model's last layer, `proj_out`.
+    """
+    return targets if isinstance(targets, str) else rf"(?:.*\.)?(?:{'|'.join(targets)})"
+
+
+def _require_targets(transformer: Any, targets: str | Sequence[str]) -> None:
+    """Raise ModelError where a target is no layer's: PEFT is content when any of them is."""
+    names = [name for name, _ in transformer.named_modules()]
+    absent = []
+    for target in [targets] if isinstance(targets, str) else targets:
+        pattern = target_pattern(targets if isinstance(targets, str) else [target])
+        try:
+            found = any(re.fullmatch(pattern, name) for name in names)
+        except re.error as error:
+            raise ModelError(
+                f"train.lora_targets: {target!r} is no regular expression ({error}); a dot, a star and brackets have "
+                "meanings there"
+            ) from error
+        absent += [] if found else [target]
+    if absent:
+        raise ModelError(
+            f"a {type(transformer).__name__} has no layer {', '.join(map(repr, absent))} for the LoRA; "
+            "mend train.lora_targets, or leave it out"
+        )
 
 
 def save_lora(transformer: Any, family: Family, folder: Path, metadata: Mapping[str, Any]) -> Path:
     """Write the LoRA to `folder`, where `pipe.load_lora_weights(folder)` finds it; return the file.
 
     `metadata` (JSON values: the settings of the run) stands in the file's header under `dittocache`, beside PEFT's
-    configuration. The file appears whole or not at all.
+    configuration, and under `reference_visibility` whether references were isolated. The file appears whole or not at
+    all.
     """
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
     from peft import get_peft_model_state_dict
@@ -67,6 +113,7 @@ def save_lora(transformer: Any, family: Family, folder: Path, metadata: Mapping[
         "format": "pt",
         LORA_ADAPTER_METADATA_KEY: json.dumps(adapter, sort_keys=True),
         SETTINGS_KEY: json.dumps(metadata, sort_keys=True),
+        VISIBILITY_KEY: _visibility(transformer),
     }
 
     def write(weights: dict[str, torch.Tensor], path: str) -> None:
@@ -88,10 +135,19 @@ def save_lora(transformer: Any, family: Family, folder: Path, metadata: Mapping[
 
 
 def restore_lora(transformer: Any, family: Family, folder: Path) -> None:
-    """Put saved weights into the LoRA that `add_lora` made; raises ModelError where they do not fit it."""
+    """Put saved weights into the LoRA that `add_lora` made.
+
+    Raises ModelError where they do not fit it, or were trained with another visibility of references.
+    """
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    trained_with = read_reference_visibility(folder)
+    if trained_with != _visibility(transformer):
+        raise ModelError(
+            f"the LoRA in {folder} was trained with train.reference_visibility {trained_with}, this transformer's "
+            f"references are {_visibility(transformer)}; set train.reference_visibility to {trained_with}"
+        )
     prefix = f"{_transformer_name(family)}."
     weights = {name.removeprefix(prefix): tensor for name, tensor in load_file(folder / WEIGHT_NAME).items()}
     try:
@@ -108,11 +164,33 @@ def restore_lora(transformer: Any, family: Family, folder: Path) -> None:
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """The `metadata` that a LoRA was saved with; empty for one that dittocache did not write."""
+    settings: dict[str, Any] = json.loads(_header(folder).get(SETTINGS_KEY, "{}"))
+    return settings
+
+
+def read_reference_visibility(folder: Path) -> Visibility:
+    """Whether a LoRA was trained with isolated references, and so must be used with them; else `full`.
+
+    Raises ModelError for a word that this version does not know.
+    """
+    found = _header(folder).get(VISIBILITY_KEY, "full")
+    if found not in ("full", "isolated"):
+        raise ModelError(
+            f"{folder / WEIGHT_NAME} names the {VISIBILITY_KEY} {found!r}, expected 'full' or 'isolated'; "
+            "it may have been written by a newer version"
+        )
+    return "isolated" if found == "isolated" else "full"
+
+
+def _header(folder: Path) -> dict[str, str]:
     from safetensors import safe_open
 
     with safe_open(folder / WEIGHT_NAME, framework="pt") as stream:
-        settings: dict[str, Any] = json.loads((stream.metadata() or {}).get(SETTINGS_KEY, "{}"))
-    return settings
+        return dict(stream.metadata() or {})
+
+
+def _visibility(transformer: Any) -> Visibility:
+    return "isolated" if is_isolated(transformer) else "full"
 
 
 def _transformer_name(family: Family) -> str:

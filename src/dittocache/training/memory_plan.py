@@ -1,61 +1,32 @@
 """What a training will hold in memory, computed before anything is loaded.
 
-The transformer is built without storage (on the `meta` device) from the checkpoint's config, given the same LoRA, and
-asked for what it would hold: the numbers of weights, LoRA, gradients and optimizer are exact, the activations are what
-one forward pass saves for the backward pass. The headers of the checkpoint's safetensors files tell whether all of the
-weights are there.
+Weights, LoRA, gradients and optimizer are exact (`transformer_facts`). Activations are what one forward pass saves for
+the backward pass; the working space is a bound on what one operation of the backward pass has open besides. What CUDA,
+its libraries and the allocator's gaps take is not in the sum: leave `RESERVED` free for it.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dittocache.errors import ModelError
-from dittocache.families.base import Family, Tensors, TrainingInputs
-from dittocache.families.loading import diffusers_class
+from dittocache.families.base import Family
 from dittocache.training.config import TrainConfig
-from dittocache.training.frozen_base import store_in_fp8
-from dittocache.training.lora import add_lora
-from dittocache.training.loss import velocity_loss
-from dittocache.training.optimizers import make_optimizer
+from dittocache.training.transformer_facts import TEXT_TOKENS as TEXT_TOKENS
+from dittocache.training.transformer_facts import BatchSize as BatchSize
+from dittocache.training.transformer_facts import TransformerFacts, transformer_facts
+from dittocache.training.transformer_facts import safetensors_sizes as safetensors_sizes
 
-EIGHT_BIT_ADAM = 2 + 2 * 4 / 256  # bytes a parameter: two moments, each with one float32 scale for 256 values
-PRODIGY = 4 * 4  # bytes a parameter: two moments, s and the initial weight, in float32
 NF4 = 0.5 + 4 / 64  # bytes a weight: 4 bit, and one float32 scale for 64 weights
-TEXT_TOKENS = 512  # where the prompts' true lengths are not known yet
-
-
-@dataclass(frozen=True)
-class BatchSize:
-    """Tokens of the largest sample: noise N, references R and text T, and the pictures' shapes in packed latents.
-
-    `img_shapes` holds (frames, height, width) of the target and of each reference.
-    """
-
-    img_shapes: tuple[tuple[int, ...], ...]
-    text: int = TEXT_TOKENS
-
-    @property
-    def noise(self) -> int:
-        """Tokens of the target."""
-        frames, height, width = self.img_shapes[0]
-        return frames * height * width
-
-    @property
-    def references(self) -> int:
-        """Tokens of all references."""
-        return sum(frames * height * width for frames, height, width in self.img_shapes[1:])
-
-    @property
-    def total(self) -> int:
-        """All tokens."""
-        return self.noise + self.references + self.text
+OPEN_AT_ONCE = 4  # largest tensors of one operation's backward pass: gradients in and out, and a float32 copy of each
+BLOCKS_ON_DEVICE = (
+    2  # of an offloaded transformer: the one at work, whose weights its backward pass keeps, and the next
+)
+RESERVED = 1_500_000_000
+"""Bytes of a GPU that the plan does not count: CUDA's context, its libraries' workspaces, gaps between tensors."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +40,7 @@ class MemoryPlan:
         optimizer: its moments.
         average: the moving average of the LoRA.
         activations: kept for the backward pass, an estimate.
+        working: open while one operation is computed, a bound: gradients, and weights in the computing format.
         offloaded: True where the weights stay in the machine's memory.
         notes: what the reader should know.
     """
@@ -79,29 +51,28 @@ class MemoryPlan:
     optimizer: int
     average: int
     activations: int
+    working: int = 0
     offloaded: bool = False
     notes: tuple[str, ...] = ()
 
     @property
     def device_total(self) -> int:
         """All that the device holds."""
-        held = self.lora + self.gradients + self.optimizer + self.average + self.activations
+        held = self.lora + self.gradients + self.optimizer + self.average + self.activations + self.working
         return held if self.offloaded else held + self.weights
 
     def describe(self) -> str:
         """One line for the user."""
         where = " (in the machine's memory)" if self.offloaded else ""
-        parts = [f"weights {_gigabytes(self.weights)}{where}", f"LoRA {_gigabytes(self.lora)}"]
-        parts += [f"gradients {_gigabytes(self.gradients)}", f"optimizer {_gigabytes(self.optimizer)}"]
-        parts += [f"average {_gigabytes(self.average)}"] if self.average else []
-        parts += [f"activations about {_gigabytes(self.activations)}"]
-        return "; ".join(
-            [f"memory for training about {_gigabytes(self.device_total)}: {', '.join(parts)}", *self.notes]
-        )
+        parts = [f"weights {gigabytes(self.weights)}{where}", f"LoRA {gigabytes(self.lora)}"]
+        parts += [f"gradients {gigabytes(self.gradients)}", f"optimizer {gigabytes(self.optimizer)}"]
+        parts += [f"average {gigabytes(self.average)}"] if self.average else []
+        parts += [f"activations about {gigabytes(self.activations)}", f"working space {gigabytes(self.working)}"]
+        return "; ".join([f"memory for training about {gigabytes(self.device_total)}: {', '.join(parts)}", *self.notes])
 
     def as_dict(self) -> dict[str, Any]:
         """For events."""
-        names = ("weights", "lora", "gradients", "optimizer", "average", "activations", "device_total")
+        names = ("weights", "lora", "gradients", "optimizer", "average", "activations", "working", "device_total")
         return {name: getattr(self, name) for name in names} | {"notes": list(self.notes)}
 
 
@@ -110,155 +81,48 @@ def plan_memory(folder: Path, family: Family, config: TrainConfig, dtype: torch.
 
     Raises ModelError where the checkpoint has no transformer's config or its weights are incomplete.
     """
-    from accelerate import init_empty_weights
-
-    transformer_class = diffusers_class(family.transformer.class_name)
-    try:
-        settings = transformer_class.load_config(folder, subfolder="transformer")
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder} has no config of a transformer: {error}") from error
-    with init_empty_weights():
-        transformer = transformer_class.from_config(settings)
-        for parameter in transformer.parameters():
-            parameter.data = parameter.data.to(dtype)
-        notes = _missing_weights(folder / "transformer", transformer)
-        whole = sum(parameter.nbytes for parameter in transformer.parameters())
-        add_lora(transformer, family, config)
-    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    lora = sum(parameter.nbytes for parameter in parameters)
-    optimizer, optimizer_note = _optimizer_bytes(parameters, config)
-    activations = _activation_bytes(transformer, family, config, dtype, size)
-    if config.base_quantization != "none":  # weights in the computing format: of one block, or of all (`load_frozen`)
-        blocks = len(family.transformer.blocks(transformer))
-        activations += whole // blocks if config.gradient_checkpointing else whole
-    return MemoryPlan(
-        weights=_weight_bytes(transformer, config, dtype, whole),
-        lora=lora,
-        gradients=lora,
-        optimizer=optimizer,
-        average=lora if config.ema_decay is not None else 0,
-        activations=activations,
-        offloaded=config.offload == "group",
-        notes=(*notes, *optimizer_note),
-    )
+    return plan_of(transformer_facts(folder, family, config, dtype, size), config)
 
 
-def safetensors_sizes(folder: Path) -> dict[str, int]:
-    """Number of values of every tensor in the folder's safetensors files, from their headers alone.
+def plan_of(facts: TransformerFacts, config: TrainConfig) -> MemoryPlan:
+    """The plan for these counts, with the weights held as `config` says: a function of numbers.
 
-    Raises ModelError naming a file that is no safetensors file.
+    Of `config` only what the counts leave open matters: base_quantization, offload, gradient_checkpointing, ema_decay.
     """
-    sizes: dict[str, int] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with path.open("rb") as stream:
-                header: Mapping[str, Any] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        except (OSError, ValueError, MemoryError, OverflowError) as error:
-            raise ModelError(f"{path} is damaged ({error}); download the checkpoint again") from error
-        for name, entry in header.items():
-            if name != "__metadata__":
-                sizes[name] = int(torch.Size(entry["shape"]).numel())
-    return sizes
-
-
-def _missing_weights(folder: Path, transformer: Any) -> tuple[str, ...]:
-    """A note where the files hold another number of values than the transformer has."""
-    expected = {name: parameter.numel() for name, parameter in transformer.named_parameters()}
-    found = safetensors_sizes(folder)
-    missing = sorted(name for name, size in expected.items() if found.get(name) != size)
-    if not missing or not found:
-        return ()
-    return (f"{len(missing)} of {len(expected)} weights are not in the files of {folder}, the first {missing[0]}",)
-
-
-def _weight_bytes(transformer: Any, config: TrainConfig, dtype: torch.dtype, whole: int) -> int:
-    """Bytes of the frozen weights as they are held."""
-    if config.base_quantization == "none":
-        return whole
-    if config.base_quantization == "fp8":
-        store_in_fp8(transformer, dtype)
-        return sum(parameter.nbytes for parameter in transformer.parameters() if not parameter.requires_grad)
-    linear = sum(module.weight.numel() for module in transformer.modules() if _is_frozen_linear(module))
-    a_weight = NF4 if config.base_quantization == "nf4" else 1.0
-    return int(whole - linear * (dtype.itemsize - a_weight))
-
-
-def _is_frozen_linear(module: Any) -> bool:
-    return isinstance(module, torch.nn.Linear) and not module.weight.requires_grad
-
-
-def _optimizer_bytes(parameters: list[torch.nn.Parameter], config: TrainConfig) -> tuple[int, tuple[str, ...]]:
-    """Bytes of the optimizer's state: by one step without storage where that can be done, else by a rule."""
-    count = sum(parameter.numel() for parameter in parameters)
-    rules = {"adamw8bit": EIGHT_BIT_ADAM, "prodigy": PRODIGY}
-    if config.optimizer in rules:
-        return int(count * rules[config.optimizer]), ()
-    stand_ins = [torch.nn.Parameter(torch.empty_like(parameter)) for parameter in parameters]
-    for stand_in in stand_ins:
-        stand_in.grad = torch.empty_like(stand_in)
-    optimizer = make_optimizer(stand_ins, config)
-    try:
-        optimizer.step()
-    except (RuntimeError, NotImplementedError):  # it looks at values, which are not there
-        return 8 * count, (f"{config.optimizer} is taken to need what AdamW needs",)
-    state = [value for entries in optimizer.state.values() for value in entries.values()]
-    return sum(value.nbytes for value in state if isinstance(value, torch.Tensor)), ()
-
-
-def _activation_bytes(
-    transformer: Any, family: Family, config: TrainConfig, dtype: torch.dtype, size: BatchSize
-) -> int:
-    """Bytes that one forward pass keeps for the backward pass."""
-    inputs = family.training_inputs(
-        [_stand_in_sample(transformer.config, size)] * config.batch_size,
-        torch.zeros(config.batch_size, size.noise, transformer.config.in_channels),
-        torch.zeros(config.batch_size),
+    one_block = facts.kept // facts.blocks  # while it is computed again
+    return MemoryPlan(
+        weights=_held(facts, config),
+        lora=facts.lora,
+        gradients=facts.lora,
+        optimizer=facts.optimizer,
+        average=facts.lora if config.ema_decay is not None else 0,
+        activations=facts.between + one_block if config.gradient_checkpointing else facts.kept,
+        working=OPEN_AT_ONCE * facts.largest + _in_computing_format(facts, config),
+        offloaded=config.offload == "group",
+        notes=facts.notes,
     )
-    inputs = _without_storage(inputs)
-    kept: dict[int, torch.UntypedStorage] = {}
-    weights = {parameter.untyped_storage()._cdata for parameter in transformer.parameters()}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        # Attention without storage falls back to arithmetic that keeps its weights, which no kernel in use does.
-        scores = tensor.ndim >= 3 and tensor.shape[-2:] == (size.total, size.total)
-        storage = tensor.untyped_storage()
-        if not scores and storage._cdata not in weights:
-            kept[storage._cdata] = storage
-        return tensor
-
-    transformer.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        velocity_loss(transformer, inputs, dtype)
-    everything = sum(storage.nbytes() for storage in kept.values())
-    if not config.gradient_checkpointing:
-        return everything
-    blocks = len(family.transformer.blocks(transformer))
-    width = int(transformer.config.num_attention_heads * transformer.config.attention_head_dim)
-    between = blocks * config.batch_size * size.total * width * dtype.itemsize
-    return between + everything // blocks  # the inputs of all blocks, and one block while it is computed again
 
 
-def _stand_in_sample(config: Any, size: BatchSize) -> Tensors:
-    """Every artifact that a family may ask for, in the shapes of `size`; a family takes what it needs."""
-    channels = config.in_channels
-    pooled = getattr(config, "pooled_projection_dim", None) or 1
-    return {
-        "image_latents": torch.zeros(size.noise, channels),
-        "control_latents": torch.zeros(size.references, channels),
-        "prompt_embeds": torch.zeros(size.text, config.joint_attention_dim),
-        "prompt_embeds_mask": torch.ones(size.text, dtype=torch.bool),
-        "pooled_prompt_embeds": torch.zeros(pooled),
-        "img_shapes": torch.tensor(size.img_shapes, dtype=torch.int32),
-    }
-
-
-def _without_storage(inputs: TrainingInputs) -> TrainingInputs:
-    kwargs = {
-        name: value.to("meta") if isinstance(value, torch.Tensor) else value
-        for name, value in inputs.transformer_kwargs.items()
-    }
-    return TrainingInputs(kwargs, inputs.target.to("meta"), inputs.select)
-
-
-def _gigabytes(count: int) -> str:
+def gigabytes(count: int) -> str:
+    """A number of bytes in words."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _held(facts: TransformerFacts, config: TrainConfig) -> int:
+    """Bytes of the frozen weights as they are held."""
+    if config.base_quantization == "fp8":
+        return facts.weights_in_fp8
+    a_weight = {"none": float(facts.element), "nf4": NF4, "int8": 1.0}[config.base_quantization]
+    return int(facts.weights - facts.linear * (1 - a_weight / facts.element))
+
+
+def _in_computing_format(facts: TransformerFacts, config: TrainConfig) -> int:
+    """Bytes of weights on the device beside those that are held there: brought there, or made from smaller ones."""
+    one_block = facts.weights // facts.blocks
+    if config.offload == "group":
+        return BLOCKS_ON_DEVICE * one_block
+    if config.base_quantization == "none":
+        return 0
+    if config.base_quantization == "fp8" and not config.gradient_checkpointing:
+        return facts.weights  # cast for the forward pass, and kept by it (`load_frozen` warns)
+    return one_block

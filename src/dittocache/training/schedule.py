@@ -13,11 +13,14 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, groupby
+from types import MappingProxyType
 
 import torch
 
 from dittocache.errors import DataError
 from dittocache.training.config import TrainConfig
+
+NO_REPEATS: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,32 @@ def timestep_shift(config: TrainConfig, tokens: int) -> float:
     return 1.0
 
 
-def global_batches(buckets: Mapping[str, object], size: int, seed: int) -> Iterator[list[str]]:
+def with_steps(config: TrainConfig, epoch_length: int, processes: int) -> TrainConfig:
+    """The settings with `steps` in place of `epochs`: as many as it takes to see everything that often.
+
+    Args:
+        epoch_length: samples that an epoch holds, each counted as often as it is repeated.
+        processes: that share the work.
+    """
+    if config.epochs is None:
+        return config
+    batch = config.batch_size * config.gradient_accumulation_steps * processes
+    return config.model_copy(update={"epochs": None, "steps": max(1, math.ceil(config.epochs * epoch_length / batch))})
+
+
+def epoch_length(names: Sequence[str], repeats: Mapping[str, int]) -> int:
+    """How many samples an epoch holds; one without an entry in `repeats` counts once."""
+    return sum(repeats.get(name, 1) for name in names)
+
+
+def global_batches(
+    buckets: Mapping[str, object], size: int, seed: int, repeats: Mapping[str, int] = NO_REPEATS
+) -> Iterator[list[str]]:
     """The names of each step's samples, `size` a step, without end.
 
     Args:
         buckets: sample name -> what samples that pass the transformer together must have in common.
+        repeats: how often a sample comes in an epoch; once where it has no entry.
 
     Each epoch shuffles the samples within their buckets, cuts batches of one bucket, and shuffles the batches. What is
     left of the buckets makes batches of mixed buckets; what is left of these comes first in the next epoch, so that
@@ -102,7 +126,7 @@ def global_batches(buckets: Mapping[str, object], size: int, seed: int) -> Itera
         rng = random.Random(f"order/{seed}/{epoch}")
         groups: dict[object, list[str]] = {}
         for name in sorted(buckets):
-            groups.setdefault(buckets[name], []).append(name)
+            groups.setdefault(buckets[name], []).extend([name] * repeats.get(name, 1))
         batches, remainders = [], []
         for names in groups.values():
             rng.shuffle(names)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -28,8 +29,14 @@ def requests_in(folder: Path, count: int = 16) -> list[PictureRequest]:
         exif = picture.getexif()
         exif[0x0112] = 1 + number % 8
         picture.save(path, exif=exif)
-        fits = {"size": (32, 48)} if number % 2 else {"area": 1024, "multiple": 16}
-        requests.append(PictureRequest(path, **fits))  # type: ignore[arg-type]
+        ways: tuple[dict[str, Any], ...] = (
+            {"area": 1024, "multiple": 16},
+            {"size": (32, 48)},
+            {"size": (32, 48), "flipped": True},
+            {"size": (32, 48), "cropped": True},
+            {"multiple": 16},
+        )
+        requests.append(PictureRequest(path, **ways[number % len(ways)]))
     return requests
 
 

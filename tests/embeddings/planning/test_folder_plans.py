@@ -12,7 +12,7 @@ import torch
 from tests.embeddings.toy_family import Job, picture
 
 from dittocache.data import digests, file_table
-from dittocache.data.config import DataConfig
+from dittocache.data.config import SetConfig
 from dittocache.data.digests import ContentIndex
 from dittocache.data.folder import load_folder
 from dittocache.embeddings import recipe as recipe_module
@@ -40,7 +40,7 @@ class FolderJob:
         return self.job.folder / "cache/memory"
 
     def plan(self, memory: bool = True) -> Plan:
-        config = DataConfig(path=self.folder, resolution=self.job.sizes.resolution)
+        config = SetConfig(path=self.folder, resolution=self.job.sizes.resolution)
         samples = load_folder(config, 16, self.memory if memory else None)
         index = ContentIndex(self.job.folder / f"cache/index-{memory}.json")
         job = self.job
@@ -294,7 +294,7 @@ def test_a_memory_that_cannot_be_written_is_told(folder: FolderJob, monkeypatch:
     def refuse(*_: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("dittocache.data.folder.save_columns", refuse)
+    monkeypatch.setattr("dittocache.data.file_memory.save_columns", refuse)
     monkeypatch.setattr("dittocache.embeddings.planning.memory.save_columns", refuse)
     plan = folder.check()
     notes = "\n".join(plan.notes)
@@ -302,7 +302,7 @@ def test_a_memory_that_cannot_be_written_is_told(folder: FolderJob, monkeypatch:
 
 
 def test_a_file_that_vanishes_or_changes_after_it_was_listed_is_named(folder: FolderJob) -> None:
-    config = DataConfig(path=folder.folder, resolution=64)
+    config = SetConfig(path=folder.folder, resolution=64)
     samples = load_folder(config, 16, folder.memory)
     assert not samples.table.changed_since(samples.table.row_of["images/03.bmp"])
     picture(folder.folder / "images/03.bmp", "meanwhile")

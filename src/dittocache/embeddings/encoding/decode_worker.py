@@ -41,11 +41,11 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 def encoded_request(request: PictureRequest) -> bytes:
     """A request as a line of JSON."""
-    fields = {"path": os.fspath(request.path), "size": request.size, "area": request.area, "multiple": request.multiple}
+    fields = {**vars(request), "path": os.fspath(request.path)}
     return json.dumps(fields).encode() + b"\n"
 
 
 def decoded_request(fields: dict[str, Any]) -> PictureRequest:
     """The request that `encoded_request` wrote."""
     size = fields["size"]
-    return PictureRequest(Path(fields["path"]), size and (size[0], size[1]), fields["area"], fields["multiple"])
+    return PictureRequest(**{**fields, "path": Path(fields["path"]), "size": size and (size[0], size[1])})

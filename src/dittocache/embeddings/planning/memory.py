@@ -1,15 +1,14 @@
-"""The keys of the last plan of a folder, so that only samples whose files changed are worked out again.
+"""The keys of the last plan of a data set, so that only samples whose files changed are worked out again.
 
-What a key depends on has two parts. What all samples share (family, encoders, sizes, storage form, versions) is the
+What a key depends on has two parts. What all samples share (family, encoders, sizes, treatment, versions, ...) is the
 `context`: another one, and the memory does not count. What is a sample's own (the contents and sizes of its files) is a
-row of bytes (`FolderSamples.prints`): another one, and that sample is worked out again. Besides, some samples of every
+row of bytes (`FileSamples.prints`): another one, and that sample is worked out again. Besides, some samples of every
 shape are worked out anew each time and must come out as remembered.
 """
 
 from __future__ import annotations
 
 import inspect
-import os
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 
 from dittocache.data.columns import Columns, load_columns, save_columns
 from dittocache.data.digests import DIGEST_BYTES, hash_file
-from dittocache.data.folder_samples import FolderSamples, Prints
+from dittocache.data.file_samples import FileSamples, Prints
 from dittocache.embeddings import recipe
 from dittocache.embeddings.planning.keys import KeyMaker
 from dittocache.embeddings.planning.keytable import KeyTable, Numbers, Row
@@ -80,15 +79,16 @@ class KeyMemory:
         return []
 
 
-def plan_folder(
-    samples: FolderSamples, maker: KeyMaker, folder: Path, model: str | Path
+def plan_files(
+    samples: FileSamples, maker: KeyMaker, folder: Path, model: str | Path
 ) -> tuple[KeyTable, list[str], list[str]]:
-    """The keys of a folder's samples, what is wrong with those that have none, and notes.
+    """The keys of a set's samples, what is wrong with those that have none, and notes.
 
     Args:
-        folder: where memories are; each folder of samples has one for each model.
+        folder: where memories are; each set of samples has one for each model.
     """
-    place = canonical_key(canonical_json([os.path.abspath(samples.table.root), maker.family.name, str(model)]))
+    set_name = [samples.place, samples.treatment.prefix]
+    place = canonical_key(canonical_json([*set_name, maker.family.name, str(model)]))
     path, context = folder / f"keys-{place}.columns", context_of(samples, maker)
     samples.read_digests()
     problems: list[str] = []
@@ -115,7 +115,7 @@ def plan_folder(
     return table, problems, [] if unchanged else KeyMemory(table, prints).save(path, context)
 
 
-def context_of(samples: FolderSamples, maker: KeyMaker) -> str:
+def context_of(samples: FileSamples, maker: KeyMaker) -> str:
     """Digest of everything that the keys of all samples depend on."""
     code = inspect.getsourcefile(type(maker.family))
     context = {
@@ -127,12 +127,13 @@ def context_of(samples: FolderSamples, maker: KeyMaker) -> str:
         "libraries": {name: recipe.library_version(name) for name in ("diffusers", "transformers")},
         "sizes": asdict(maker.sizes),
         "storage": asdict(maker.storage),
-        "buckets": [samples.resolution, samples.size_multiple],
+        "variants": [asdict(variant) for variant in samples.treatment.variants],
+        "wording": asdict(samples.treatment.wording),
     }
     return canonical_key(canonical_json(context))
 
 
-def _digest_problem(samples: FolderSamples, row: int) -> list[str]:
+def _digest_problem(samples: FileSamples, row: int) -> list[str]:
     """Why a file that samples are made of has no digest; nothing for a file of no sample."""
     layout = samples.layout
     used = (layout.targets, layout.captions, layout.masks, layout.controls)
@@ -145,9 +146,9 @@ def _digest_problem(samples: FolderSamples, row: int) -> list[str]:
     return []
 
 
-def _remembered(memory: KeyMemory, samples: FolderSamples, prints: Prints) -> Numbers:
+def _remembered(memory: KeyMemory, samples: FileSamples, prints: Prints) -> Numbers:
     """For each sample its number in the memory; -1 where it is new there or anything of it changed."""
-    names = samples.layout.names
+    names = samples.names
     if memory.prints.shape[1:] != prints.shape[1:]:
         return np.full(len(names), -1, np.int64)
     if names == memory.table.names:
@@ -160,7 +161,7 @@ def _remembered(memory: KeyMemory, samples: FolderSamples, prints: Prints) -> Nu
     return numbers
 
 
-def _holds(memory: KeyMemory, samples: FolderSamples, remembered: Numbers, maker: KeyMaker) -> bool:
+def _holds(memory: KeyMemory, samples: FileSamples, remembered: Numbers, maker: KeyMaker) -> bool:
     """Whether some samples, worked out anew, come out as remembered: a guard against what `context` does not tell."""
     known = np.flatnonzero(remembered >= 0)
     spread = known[np.linspace(0, len(known) - 1, min(CHECKED, len(known)), dtype=np.int64)]

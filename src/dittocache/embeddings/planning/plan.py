@@ -13,9 +13,10 @@ import numpy.typing as npt
 import torch
 
 from dittocache.data.digests import ContentIndex
-from dittocache.data.folder import save_memory
-from dittocache.data.folder_samples import FolderSamples
+from dittocache.data.file_memory import remember
+from dittocache.data.file_samples import FileSamples
 from dittocache.data.sample import Sample
+from dittocache.data.sample_sets import SampleSets
 from dittocache.data.snapshot import Snapshot
 from dittocache.embeddings.planning.estimate import BytesEstimate, estimate_bytes
 from dittocache.embeddings.planning.identity import encoder_identity, model_folder
@@ -24,7 +25,7 @@ from dittocache.embeddings.planning.keys import KeyMaker
 from dittocache.embeddings.planning.keytable import KeyTable, Row
 from dittocache.embeddings.planning.lookup import record_lengths
 from dittocache.embeddings.planning.manifest import Manifest
-from dittocache.embeddings.planning.memory import plan_folder
+from dittocache.embeddings.planning.memory import plan_files
 from dittocache.embeddings.planning.misses import ABSENT, NEW, Miss, Misses, find_misses
 from dittocache.embeddings.planning.needs import Need, Needs
 from dittocache.embeddings.planning.rates import Forecast, Rates
@@ -202,16 +203,11 @@ def make_plan(
     }
     if batching == "together":  # the last bits depend on the batch, so these are other encoders
         identities = {encoder: {**identity, "batching": batching} for encoder, identity in identities.items()}
-    folder = samples if isinstance(samples, FolderSamples) else None
-    snapshot = Snapshot(index, None if folder is None else folder.table)
+    parts = samples.parts if isinstance(samples, SampleSets) else [samples]
+    snapshot = Snapshot(index, [part.table for part in parts if isinstance(part, FileSamples)])
     maker = KeyMaker(family, sizes, identities, snapshot, storage, snapshot.size)
-    if folder is None or folder.memory is None:
-        table, problems = _table(samples, maker)
-        notes = _save(index)
-    else:
-        table, problems, notes = plan_folder(folder, maker, folder.memory, model)
-        save_memory(folder)
-        notes = [*folder.notes, *notes, *_save(index)]
+    table, problems, notes = _table_of_parts(parts, maker, model)
+    notes += _save(index)
     if problems:
         raise DataError(f"{len(problems)} sample(s) cannot be cached", problems)
     manifest = Manifest.of_table(table, family.name)
@@ -239,6 +235,24 @@ def make_plan(
             dict(devices or {}),
         ),
     )
+
+
+def _table_of_parts(
+    parts: Sequence[Sequence[Sample]], maker: KeyMaker, model: str | Path
+) -> tuple[KeyTable, list[str], list[str]]:
+    """The keys of all samples, what is wrong with those that have none, and notes."""
+    table, problems, notes = KeyTable.of([]), [], []
+    for number, part in enumerate(parts):
+        if isinstance(part, FileSamples) and part.memory is not None:
+            found, wrong, told = plan_files(part, maker, part.memory, model)
+            remember(part)
+            told = [*part.notes, *told]
+        else:
+            (found, wrong), told = _table(part, maker), []
+        table = found if number == 0 else table.joined(found)
+        problems += wrong
+        notes += told
+    return table, problems, notes
 
 
 def _table(samples: Sequence[Sample], maker: KeyMaker) -> tuple[KeyTable, list[str]]:

@@ -1,0 +1,245 @@
+"""References that see references only and are modulated at t = 0: their keys and values never change during a run.
+
+Every block is called twice: with the reference tokens alone, then with text and noise tokens, which attend to
+everything. So the references' K and V depend on the reference pictures and nothing else, and a step that takes them
+from a cache runs exactly the calls that it runs without one: on any device the outcome is the same bit for bit.
+A model must be fine-tuned with this (`train.reference_visibility: isolated`); an untrained one turns to noise.
+
+Shapes: B batch, T text tokens, N noise tokens, R reference tokens, D width, H heads, d head width, C output channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.hooks.hooks import HookRegistry, ModelHook
+from torch import nn
+
+from dittocache.errors import ModelError, ReferenceCacheError
+from dittocache.families.base import TokenLayout, TransformerAdapter
+from dittocache.families.denoiser import (
+    ISOLATION_HOOK,
+    REFERENCE_KV_HOOK,
+    find_denoiser,
+    installed_hook,
+    is_isolated,
+    remove_hook,
+)
+from dittocache.families.registry import adapter_of
+from dittocache.families.run_clock import bind_forward
+from dittocache.referencekv.attention import AttentionStandIn, check_attention, key_mask
+
+PASSING = "reference_pass"  # among the attention arguments, on the way from the transformer's door to its blocks
+KEPT = "reference_keys"  # the same, from a block to its attention
+FEATURE = "isolation of references"
+CONTROLNET = ("controlnet_block_samples", "controlnet_single_block_samples")
+
+
+@dataclass
+class ReferencePass:
+    """What one forward pass does about its references.
+
+    It travels among the arguments, so that gradient checkpointing finds it again.
+
+    Attributes:
+        layout: noise and reference tokens.
+        temb: timestep embedding of the references, `(B, D)`: t = 0.
+        keep: is given (block, K, V) of the references, each `(B, R, H, d)`.
+        take: gives K and V of a block instead of computing them; then the image stream holds noise tokens only.
+    """
+
+    layout: TokenLayout
+    temb: torch.Tensor | None = None
+    keep: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
+    take: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = None
+
+
+@dataclass
+class _Keys:
+    """K and V of one block's references; None until their own call has run."""
+
+    key: torch.Tensor | None = None
+    value: torch.Tensor | None = None
+
+
+class IsolatedAttention(AttentionStandIn):
+    """Attention of one half of a block: references over themselves, or text and noise over all keys."""
+
+    # The attention modules pass only arguments that are named here, FLUX's the first five by position.
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Any = None,
+        encoder_hidden_states_mask: torch.Tensor | None = None,
+        reference_keys: _Keys | None = None,
+    ) -> Any:
+        """What the stock processor returns, for the tokens of `hidden_states` `(B, tokens, D)`."""
+        joint = self._adapter.joint_qkv(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+        key, value = joint.key, joint.value
+        if reference_keys is None:
+            raise ReferenceCacheError(_OUTSIDE)
+        if reference_keys.key is None or reference_keys.value is None:
+            reference_keys.key, reference_keys.value = key, value
+        else:
+            key = torch.cat([key, reference_keys.key], dim=1)
+            value = torch.cat([value, reference_keys.value], dim=1)
+        mask = key_mask(attention_mask, encoder_hidden_states_mask, key.shape[1])
+        return self._attend(attn, joint, key, value, mask)
+
+
+class IsolatedBlock(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
+    """Calls a stock block once for the references and once for text and noise.
+
+    The last block returns noise tokens only: nothing reads what becomes of the references behind it.
+    """
+
+    def __init__(self, adapter: TransformerAdapter, index: int, last: bool) -> None:
+        super().__init__()
+        self._adapter = adapter
+        self._index = index
+        self._last = last
+
+    def new_forward(self, block: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Called by diffusers in place of the block's forward; (text, image)."""
+        block_kwargs = bind_forward(block, args, kwargs)
+        attention_kwargs = dict(block_kwargs.get("joint_attention_kwargs") or {})
+        passing: ReferencePass | None = attention_kwargs.pop(PASSING, None)
+        if passing is None:
+            raise ReferenceCacheError(_OUTSIDE)
+        noise = passing.layout.noise
+        if passing.take is not None:
+            keys, references = _Keys(*passing.take(self._index)), None
+        else:
+            keys = _Keys()
+            halved = self._adapter.reference_only_block(block_kwargs, passing.layout)
+            halved["hidden_states"] = halved["hidden_states"][:, noise:]
+            halved |= {"temb": passing.temb, "joint_attention_kwargs": {**attention_kwargs, KEPT: keys}}
+            _, references = self.fn_ref.original_forward(**halved)  # (B, R, D)
+            if keys.key is None or keys.value is None:
+                raise ReferenceCacheError(
+                    f"block {self._index} attends with another processor than {FEATURE} has set; end the isolation "
+                    "before set_attn_processor or fuse_qkv_projections, and begin it anew after"
+                )
+            if passing.keep is not None:
+                passing.keep(self._index, keys.key, keys.value)
+        halved = self._adapter.noise_only_block(block_kwargs, passing.layout)
+        halved["hidden_states"] = halved["hidden_states"][:, :noise]
+        halved["joint_attention_kwargs"] = {**attention_kwargs, KEPT: keys}
+        text, image = self.fn_ref.original_forward(**halved)  # (B, T, D), (B, N, D)
+        if references is not None and not self._last:
+            image = torch.cat([image, references], dim=1)
+        return text, image
+
+
+class Isolation:
+    """Isolated references on one transformer, until `remove()` or the end of a `with`."""
+
+    def __init__(self, module: nn.Module, adapter: TransformerAdapter) -> None:
+        self._module: Any = module
+        self._adapter = adapter
+        self._blocks: list[Any] = list(adapter.blocks(module))
+        self._passing: ReferencePass | None = None
+        self._attention: list[tuple[Any, IsolatedAttention]] = []
+        self._zero_cond_t = [part for part in (module, *self._blocks) if getattr(part, "zero_cond_t", False)]
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._apply()
+
+    def __enter__(self) -> Isolation:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Put the stock blocks and processors back. Raises ReferenceCacheError while a reference KV cache is on."""
+        if installed_hook(self._module, REFERENCE_KV_HOOK) is not None:
+            raise ReferenceCacheError("the reference KV cache is on for this transformer; remove it first")
+        for handle in self._handles:
+            handle.remove()
+        for attention, stand_in in self._attention:
+            if attention.processor is stand_in:  # else someone has set another since: theirs stays
+                attention.set_processor(stand_in.stock)
+        for block in self._blocks:
+            if installed_hook(block, ISOLATION_HOOK) is not None:
+                remove_hook(block, ISOLATION_HOOK)
+        for part in self._zero_cond_t:
+            part.zero_cond_t = True
+        self._handles, self._attention, self._zero_cond_t, self._passing = [], [], [], None
+
+    def _apply(self) -> None:
+        for part in self._zero_cond_t:  # references have a call of their own, at t = 0
+            part.zero_cond_t = False
+        for attention in self._adapter.attention_modules(self._module):
+            stand_in = IsolatedAttention(attention.processor, self._adapter)
+            attention.set_processor(stand_in)  # type: ignore[operator]
+            self._attention.append((attention, stand_in))
+        for index, block in enumerate(self._blocks):
+            hook = IsolatedBlock(self._adapter, index, last=index == len(self._blocks) - 1)
+            HookRegistry.check_if_exists_or_initialize(block).register_hook(hook, ISOLATION_HOOK)
+        embedder = self._adapter.timestep_embedder(self._module)
+        self._handles = [
+            # Before all hooks of diffusers, those of the caches too: they are given the pass among the arguments.
+            self._module.register_forward_pre_hook(self._begin, with_kwargs=True),
+            embedder.register_forward_hook(self._embed),
+        ]
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], Any]:
+        forward_kwargs = bind_forward(module, args, kwargs)
+        layout = self._adapter.token_layout(module, forward_kwargs)
+        if layout.reference == 0:
+            raise ReferenceCacheError(
+                f"references of this {type(module).__name__} are isolated, and this call has none: {layout.noise} "
+                "image tokens, all of them noise, or samples of different sizes; isolation is for edits of pictures"
+            )
+        for name in CONTROLNET:
+            if forward_kwargs.get(name) is not None:
+                raise ReferenceCacheError(f"{name} would reach the isolated references; use one of them alone")
+        self._passing = ReferencePass(layout)
+        name = self._adapter.attention_kwargs_name
+        forward_kwargs[name] = {**(forward_kwargs.get(name) or {}), PASSING: self._passing}
+        return (), forward_kwargs
+
+    def _embed(self, embedder: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        """Here, within the forward: offloading has brought the weights to the device, and autocast is on."""
+        if self._passing is not None and self._passing.temb is None:
+            self._passing.temb = embedder.forward(*self._adapter.reference_conditioning(args))
+
+
+_OUTSIDE = (
+    "a block of a transformer with isolated references was run outside of the transformer's own call; call the "
+    "transformer itself, not its forward() or its blocks"
+)
+
+
+def isolate_references(target: Any) -> Isolation:
+    """Let reference tokens see reference tokens only, at t = 0, as a LoRA with isolated references was trained.
+
+    All references of a sample see each other. The transformer then returns noise tokens only, `(B, N, C)`: the part
+    of its output that pipelines use. A LoRA may be loaded before or after. The reference KV cache of such a model is
+    exact.
+
+    Args:
+        target: a diffusers pipeline with a transformer, or the transformer.
+
+    Returns the isolation: it lasts until its `remove()`, or to the end of `with isolate_references(pipe):`.
+
+    Raises ReferenceCacheError where the model is not supported, caches are on, or references are isolated already;
+    ModelError where there is no transformer.
+    """
+    module = find_denoiser(target).module
+    try:
+        adapter = adapter_of(module)
+    except ModelError as error:
+        raise ReferenceCacheError(f"references cannot be isolated: {error}") from error
+    if is_isolated(module):
+        raise ReferenceCacheError(f"references of this {type(module).__name__} are isolated already")
+    if installed_hook(module, "dittocache_session") is not None:
+        raise ReferenceCacheError("caches of dittocache are on for this transformer; isolate its references before")
+    check_attention(module, adapter, FEATURE)
+    return Isolation(module, adapter)
