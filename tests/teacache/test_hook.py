@@ -118,7 +118,7 @@ def test_the_signal_is_that_of_the_noise_tokens(zero_cond_t: bool) -> None:
         whole = [adapter.extract_context(model, **edit.kwargs(latents[i], 1 - i / 8)) for i in range(2)]
         for i in range(2):
             model(**edit.kwargs(latents[i], 1 - i / 8))
-        distances.append(hook._gate._decisions[0].distance)
+        distances.append(next(iter(hook._runs.values())).gate._decisions[0].distance)
     before, after = (context.modulated_input for context in whole)
     noise = slice(edit.noise)
     expected = (after[:, noise] - before[:, noise]).abs().mean() / before[:, noise].abs().mean()
@@ -177,7 +177,7 @@ def test_flux_decides_branch_by_branch() -> None:
             for branch, pooled in (("cond", 0.0), ("uncond", 5.0)):
                 with model.cache_context(branch):
                     model(**flux_kwargs(t, pooled))
-        found = [hook._branches[branch].gate for branch in ("cond", "uncond")]
+        found = [next(iter(hook._runs.values())).branches[branch].gate for branch in ("cond", "uncond")]
     assert found[0] is not found[1]
 
 

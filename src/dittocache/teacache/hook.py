@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,6 +51,16 @@ class _Branch:
     prediction: Prediction
 
 
+@dataclass
+class _Run:
+    """What a denoising run keeps."""
+
+    branches: dict[str, _Branch] = field(default_factory=dict)
+    gate: Gate | None = None
+    computed: int = 0
+    skipped: int = 0
+
+
 class TeaCacheHook(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
     """Skips the block stack where the gate says so.
 
@@ -81,22 +91,14 @@ class TeaCacheHook(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
         self._clock = clock
         self._say = say
         self._said: set[str] = set()
-        self._clear()
-
-    def _clear(self) -> None:
-        self._run = 0
-        self._gate: Gate | None = None
-        self._branches: dict[str, _Branch] = {}
-        self._computed = 0
-        self._skipped = 0
+        self._runs: dict[int, _Run] = {}
 
     @property
     def bytes_held(self) -> int:
         """Device memory of predictions and gates."""
-        gates = {id(branch.gate): branch.gate for branch in self._branches.values()}.values()
-        return sum(gate.bytes_held for gate in gates) + sum(
-            branch.prediction.bytes_held for branch in self._branches.values()
-        )
+        branches = [branch for run in self._runs.values() for branch in run.branches.values()]
+        gates = {id(branch.gate): branch.gate for branch in branches}.values()
+        return sum(gate.bytes_held for gate in gates) + sum(branch.prediction.bytes_held for branch in branches)
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         """Called by diffusers when the hook is registered."""
@@ -105,13 +107,13 @@ class TeaCacheHook(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
 
     def deinitalize_hook(self, module: nn.Module) -> nn.Module:
         """Called by diffusers (which spells it so) when the hook is removed."""
-        self._end_run()
+        self._end_runs()
         self._stack.detach()
         return module
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Forget everything; called by diffusers at the end of a pipeline's call."""
-        self._end_run()
+        self._end_runs()
         self._clock.end_run()
         return module
 
@@ -119,26 +121,27 @@ class TeaCacheHook(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
         """Called by diffusers in place of the transformer's forward."""
         forward_kwargs = bind_forward(module, args, kwargs)
         with self._clock.call(module, self.branch_listener.heard, forward_kwargs) as call:
-            if call.run != self._run:
-                self._end_run()
+            if call.run not in self._runs:
+                self._end_runs(but=self._clock.runs_under_way)
                 self._begin_run(call)
             try:
                 return self._step(module, call, forward_kwargs)
             except BaseException:
-                self._clear()  # a step that was cut short leaves state that fits no step
+                self._runs.pop(call.run, None)  # a step that was cut short leaves state that fits no step
                 raise
 
     def _step(self, module: nn.Module, call: DenoisingCall, forward_kwargs: dict[str, Any]) -> Any:
-        branch = self._branch(call.branch)
+        run = self._runs[call.run]
+        branch = self._branch(run, call.branch)
         rows = len(forward_kwargs["hidden_states"])
         step = StepView(call, rows, self._clock, lambda: self._stack.extract(module, forward_kwargs, call.layout))
         decisions = branch.gate.decide(step)
         needed = [row for row in range(rows) if decisions[row].compute or not branch.prediction.ready(row)]
         self._report(call, decisions, needed)
         if not needed:
-            self._skipped += 1
+            run.skipped += 1
             return branch.prediction.predict(self._sigma(step, branch), step.context)
-        self._computed += 1
+        run.computed += 1
         part = self._stack.rows(forward_kwargs, needed) if len(needed) < rows else None
         if part is None or not all(branch.prediction.ready(row) for row in range(rows)):
             needed, part = list(range(rows)), forward_kwargs
@@ -173,18 +176,18 @@ class TeaCacheHook(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
         """Asked for only where something depends on it: it may have to be read from the device."""
         return step.sigma if branch.prediction.order > 0 else 0.0
 
-    def _branch(self, name: str) -> _Branch:
-        if name not in self._branches:
-            if self._gate is None or not self._cache.shared_gate:
-                self._gate = self._cache.make_gate()
-            self._branches[name] = _Branch(self._gate, self._cache.make_prediction())
-        return self._branches[name]
+    def _branch(self, run: _Run, name: str) -> _Branch:
+        if name not in run.branches:
+            if run.gate is None or not self._cache.shared_gate:
+                run.gate = self._cache.make_gate()
+            run.branches[name] = _Branch(run.gate, self._cache.make_prediction())
+        return run.branches[name]
 
     def _is_last(self, call: DenoisingCall) -> bool:
         return call.steps is not None and call.step >= call.steps - 1
 
     def _begin_run(self, call: DenoisingCall) -> None:
-        self._run = call.run
+        self._runs[call.run] = _Run()
         if not self._cache.enabled:
             return
         gate = self._cache.make_gate()
@@ -200,12 +203,13 @@ class TeaCacheHook(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
                 f"{gate.limits.cutoff_steps} are always computed. For few steps use the reference KV cache"
             )
 
-    def _end_run(self) -> None:
-        if self._cache.enabled and self._skipped == 0 and self._computed > 2 * len(self._branches):
-            self._say_once(
-                f"TeaCache skipped none of {self._computed} calls of the transformer: {self._cache.never_skipped}"
-            )
-        self._clear()
+    def _end_runs(self, but: Collection[int] = ()) -> None:
+        for number in [number for number in self._runs if number not in but]:
+            run = self._runs.pop(number)
+            if self._cache.enabled and run.skipped == 0 and run.computed > 2 * len(run.branches):
+                self._say_once(
+                    f"TeaCache skipped none of {run.computed} calls of the transformer: {self._cache.never_skipped}"
+                )
 
     def _say_once(self, remark: str) -> None:
         if remark not in self._said:
