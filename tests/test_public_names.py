@@ -45,6 +45,7 @@ EXPORTED = [
     "load_config",
     "psnr",
     "register_extractor",
+    "request",
     "setup_cache",
     "ssim",
 ]

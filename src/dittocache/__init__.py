@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dittocache.errors import StepCacheError as StepCacheError
     from dittocache.errors import StoreUnavailableError as StoreUnavailableError
     from dittocache.families.base import CacheContext as CacheContext
+    from dittocache.families.run_clock import request as request
     from dittocache.quality.metrics import psnr as psnr
     from dittocache.quality.metrics import ssim as ssim
     from dittocache.referencekv.config import ReferenceKVConfig as ReferenceKVConfig
@@ -84,6 +85,7 @@ _HOMES = {
     "load_config": "dittocache.config",
     "psnr": "dittocache.quality.metrics",
     "register_extractor": "dittocache.teacache.extractors",
+    "request": "dittocache.families.run_clock",
     "setup_cache": "dittocache.teacache.apply",
     "ssim": "dittocache.quality.metrics",
 }

@@ -117,7 +117,7 @@ class _Place:
 
     @property
     def can_go_on(self) -> bool:
-        """Whether a further call may come: steps are left, and it has a name or somebody holds its prompt embeddings."""
+        """Whether another call may come: steps are left, and it has a name or its prompt embeddings are held."""
         ended = self.steps is not None and self.step >= self.steps - 1
         held = self.request is not None or any(text() is not None for text in self.texts.values())
         return held and not self.fresh and not ended
