@@ -13,6 +13,7 @@ from tests.denoising import EDIT, equal, flux_transformer, qwen_transformer, sig
 from tests.teacache.skipped_steps import GUIDED, SKIPPED, SKIPPING, STEPS, run
 from torch._dynamo.testing import CompileCounter
 
+from dittocache.errors import StepCacheError
 from dittocache.sampling.session import cached
 from dittocache.teacache.config import TeaCacheConfig
 
@@ -86,3 +87,30 @@ def test_flux_skips_by_error_without_running_anything() -> None:
         for t in sigmas(STEPS):
             model(**flux_kwargs(t))
     assert trace.summary().partition("[")[2].startswith("ccc....c")
+
+
+class Unknown(torch.nn.Module):
+    """A denoiser of a kind that no family knows; its velocity is a straight line in sigma."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = torch.nn.Parameter(torch.randn(1, 4, 8, 8))
+        self.calls = 0
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor]:
+        self.calls += 1
+        return (self.slope * timestep.view(-1, 1, 1, 1) + 1,)
+
+
+def test_a_model_that_nobody_knows_is_cached_by_its_output() -> None:
+    model, plain = Unknown(), []
+    with torch.no_grad():
+        plain = [model(torch.zeros(1, 4, 8, 8), timestep=torch.tensor([t]))[0] for t in sigmas(STEPS)]
+        model.calls = 0
+        with cached(model, TeaCacheConfig(gate="error", num_inference_steps=STEPS)) as trace:
+            found = [model(torch.zeros(1, 4, 8, 8), timestep=torch.tensor([t]))[0] for t in sigmas(STEPS)]
+    assert model.calls == trace.computed == 4  # three to know the path, and the last one
+    for a, b in zip(found, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    with pytest.raises(StepCacheError, match="gate 'error', which needs none"), cached(model, TeaCacheConfig()):
+        pass

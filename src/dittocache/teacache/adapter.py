@@ -22,7 +22,7 @@ from dittocache.teacache.extractors import (
 )
 from dittocache.teacache.hook import HOOK_NAME, TeaCacheHook
 from dittocache.teacache.policy import GatePolicy
-from dittocache.teacache.stack import BlockStack, ExtractorStack, StockStack
+from dittocache.teacache.stack import BlockStack, ExtractorStack, StockStack, WholeForward
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +56,10 @@ class TeaCacheAdapter:
                 f"TeaCache is on for this {type(denoiser.module).__name__} already; remove it before applying it again"
             )
         model_type = self._model_type(denoiser)
-        family = family_adapter(model_type)
+        family = None if model_type is None else family_adapter(model_type)
         if clock is None:
             clock = RunClock(family, denoiser.scheduler, self.config.num_inference_steps)
-        stack = _stack(model_type, family)
+        stack: BlockStack = WholeForward() if model_type is None else _stack(model_type, family)
         hook = TeaCacheHook(step_cache(self.config, self._policy(model_type, family), stack), stack, clock, say)
         HookRegistry.check_if_exists_or_initialize(denoiser.module).register_hook(hook, HOOK_NAME)
         return hook
@@ -81,15 +81,19 @@ class TeaCacheAdapter:
             raise StepCacheError(f"TeaCache is not on for this {type(module).__name__}; apply it first")
         return hook
 
-    def _model_type(self, denoiser: Denoiser) -> str:
+    def _model_type(self, denoiser: Denoiser) -> str | None:
+        """A name of the registry; None for a model that nobody knows, where its output alone is predicted."""
         names = denoiser.class_names
         if self.config.model_type is None:
             known = [name for name in names if name in EXTRACTOR_REGISTRY and _fits(name, names)]
             if known:
                 return known[0]
+            if not self.config.needs_extractor:
+                return None
             raise StepCacheError(
                 f"TeaCache knows no {' or '.join(names[:2])}: model_type must be provided in cache_config. "
-                f"Available types: {', '.join(sorted(EXTRACTOR_REGISTRY))}. Add yours with register_extractor"
+                f"Available types: {', '.join(sorted(EXTRACTOR_REGISTRY))}. Add yours with register_extractor, or take "
+                "gate 'error', which needs none"
             )
         get_extractor(self.config.model_type)
         family = family_adapter(self.config.model_type)
@@ -100,8 +104,8 @@ class TeaCacheAdapter:
             )
         return self.config.model_type
 
-    def _policy(self, model_type: str, family: TransformerAdapter | None) -> GatePolicy:
-        default = registered_polynomial(model_type) if family is None else family.polynomial
+    def _policy(self, model_type: str | None, family: TransformerAdapter | None) -> GatePolicy:
+        default = registered_polynomial(model_type or "") if family is None else family.polynomial
         chosen = Polynomial(self.config.coefficients or default.coefficients)
         # A range belongs to the coefficients that were fitted on it.
         same = chosen.coefficients == default.coefficients

@@ -68,6 +68,11 @@ class TeaCacheConfig(Settings):
         return self.prediction or ("residual" if self.gate == "distance" else "output_linear")
 
     @property
+    def needs_extractor(self) -> bool:
+        """Whether the model must be taken apart: for its signal, or for the residual of its blocks."""
+        return self.gate == "distance" or self.chosen_prediction.startswith("residual")
+
+    @property
     def enabled(self) -> bool:
         """Whether any step may be skipped."""
         return {"distance": self.rel_l1_thresh > 0, "error": self.error_tolerance > 0, "schedule": True}[self.gate]

@@ -133,7 +133,7 @@ class TeaCacheHook(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
     def _step(self, module: nn.Module, call: DenoisingCall, forward_kwargs: dict[str, Any]) -> Any:
         run = self._runs[call.run]
         branch = self._branch(run, call.branch)
-        rows = len(forward_kwargs["hidden_states"])
+        rows = self._stack.samples(forward_kwargs)
         step = StepView(call, rows, self._clock, lambda: self._stack.extract(module, forward_kwargs, call.layout))
         decisions = branch.gate.decide(step)
         needed = [row for row in range(rows) if decisions[row].compute or not branch.prediction.ready(row)]

@@ -60,12 +60,12 @@ class Prediction:
         """Memory that the state holds on the device."""
         return sum(kept.numel() * kept.element_size() for kept in (self._now, self._before) if kept is not None)
 
-    def value(self, passed: StackPass, output: Any) -> torch.Tensor:
-        """What is kept of a computed step, noise tokens only."""
-        if self.subject == "residual":
+    def value(self, passed: StackPass | None, output: Any) -> torch.Tensor:
+        """What is kept of a computed step, noise tokens only; `passed` is None where the blocks are not known."""
+        if self.subject == "residual" and passed is not None:
             return (passed.stack_output - passed.stack_input).detach()
         sample = sample_of(output).detach()
-        noise = passed.stack_output.shape[1]
+        noise = sample.shape[1] if passed is None else passed.stack_output.shape[1]
         # A view would keep the reference tokens' part of the output alive.
         return sample if sample.shape[1] == noise else sample[:, :noise].clone()
 

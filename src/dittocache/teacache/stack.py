@@ -1,4 +1,4 @@
-"""The two ways to run a model around its block stack: the stock forward watched, or an extractor's own functions."""
+"""How to run a model around its block stack: the stock forward watched, an extractor's own functions, or as a whole."""
 
 from __future__ import annotations
 
@@ -32,6 +32,10 @@ class BlockStack(Protocol):
         """The context of this step without running the blocks."""
         ...
 
+    def samples(self, forward_kwargs: Mapping[str, Any]) -> int:
+        """Samples in the batch."""
+        ...
+
     def rows(self, forward_kwargs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any] | None:
         """The same forward pass for some samples of the batch; None where the model's arguments cannot be divided."""
         ...
@@ -43,10 +47,11 @@ class BlockStack(Protocol):
         layout: TokenLayout | None,
         context: CacheContext | None,
         forward: Callable[..., Any],
-    ) -> tuple[Any, StackPass]:
+    ) -> tuple[Any, StackPass | None]:
         """What the model returns for a computed step, and what went in and out of its blocks.
 
-        `context` is this step's, where it was extracted already.
+        The latter is None where only the output can be predicted. `context` is this step's, where it was extracted
+        already.
         """
         ...
 
@@ -88,6 +93,10 @@ class StockStack:
         noise = dict(forward_kwargs) if layout is None else self._adapter.noise_only(forward_kwargs, layout)
         return self._adapter.extract_context(module, **noise)
 
+    def samples(self, forward_kwargs: Mapping[str, Any]) -> int:
+        """Rows of `hidden_states`."""
+        return len(forward_kwargs["hidden_states"])
+
     def rows(self, forward_kwargs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any] | None:
         """As the family divides its arguments."""
         return self._adapter.rows(forward_kwargs, rows)
@@ -114,6 +123,44 @@ class StockStack:
             self._input = self._output = None  # they would keep a step's activations alive
 
 
+class WholeForward:
+    """A transformer that nobody has taken apart: enough to predict its output, without a signal or a residual."""
+
+    signal_is_shared = True
+
+    def attach(self, module: nn.Module) -> None:
+        """Nothing to watch."""
+
+    def detach(self) -> None:
+        """Nothing was watched."""
+
+    def extract(self, module: nn.Module, forward_kwargs: Mapping[str, Any], layout: TokenLayout | None) -> CacheContext:
+        """There is no extractor: StepCacheError."""
+        raise StepCacheError(
+            f"nobody knows the blocks of {type(module).__name__}: add an extractor with register_extractor, or predict "
+            "the output with the error gate"
+        )
+
+    def samples(self, forward_kwargs: Mapping[str, Any]) -> int:
+        """Rows of the first argument that is a picture for each sample."""
+        return first_length(forward_kwargs)
+
+    def rows(self, forward_kwargs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any] | None:
+        """Nobody knows which of its arguments have a row for each sample."""
+        return None
+
+    def compute(
+        self,
+        module: nn.Module,
+        forward_kwargs: Mapping[str, Any],
+        layout: TokenLayout | None,
+        context: CacheContext | None,
+        forward: Callable[..., Any],
+    ) -> tuple[Any, StackPass | None]:
+        """The forward and nothing besides."""
+        return forward(**forward_kwargs), None
+
+
 class ExtractorStack:
     """A user's extractor, run by its own functions; its signal may differ between CFG branches."""
 
@@ -134,6 +181,10 @@ class ExtractorStack:
         context.validate()
         return context
 
+    def samples(self, forward_kwargs: Mapping[str, Any]) -> int:
+        """Rows of the first argument that is a picture for each sample."""
+        return first_length(forward_kwargs)
+
     def rows(self, forward_kwargs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any] | None:
         """Nobody knows which of its arguments have a row for each sample."""
         return None
@@ -151,3 +202,13 @@ class ExtractorStack:
             context = self.extract(module, forward_kwargs, layout)
         hidden_states = context.run_transformer_blocks()[0]
         return context.postprocess(hidden_states), StackPass(context.hidden_states, hidden_states)
+
+
+def first_length(forward_kwargs: Mapping[str, Any]) -> int:
+    """Length of the first argument that is a tensor of two or more dimensions, or a list of tensors; 1 without any."""
+    for value in forward_kwargs.values():
+        if isinstance(value, torch.Tensor) and value.ndim > 1:
+            return len(value)
+        if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
+            return len(value)
+    return 1
