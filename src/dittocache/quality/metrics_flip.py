@@ -144,7 +144,8 @@ def _hunt(rgb: Floats) -> Floats:
 
 
 def _linear(srgb: Floats) -> Floats:
-    return np.where(srgb > 0.04045, ((srgb + 0.055) / 1.055) ** 2.4, srgb / 12.92)
+    linear: Floats = np.where(srgb > 0.04045, ((srgb + 0.055) / 1.055) ** 2.4, srgb / 12.92)
+    return linear
 
 
 def _opponent(rgb: Floats) -> Floats:

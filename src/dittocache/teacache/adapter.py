@@ -20,8 +20,9 @@ from dittocache.teacache.extractors import (
     get_extractor,
     registered_polynomial,
 )
-from dittocache.teacache.hook import HOOK_NAME, TeaCacheHook
+from dittocache.teacache.hook import HOOK_NAME, StepCache, TeaCacheHook
 from dittocache.teacache.policy import GatePolicy
+from dittocache.teacache.profile import profile_for
 from dittocache.teacache.stack import BlockStack, ExtractorStack, StockStack, WholeForward
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,11 @@ class TeaCacheAdapter:
         self.config = config or TeaCacheConfig()
 
     def apply(
-        self, target: Any, clock: RunClock | None = None, say: Callable[[str], None] = logger.warning
+        self,
+        target: Any,
+        clock: RunClock | None = None,
+        say: Callable[[str], None] = logger.warning,
+        refine: Callable[[StepCache], StepCache] = lambda cache: cache,
     ) -> TeaCacheHook:
         """Skip steps of `target`, a pipeline or a bare transformer, from its next call on.
 
@@ -46,6 +51,7 @@ class TeaCacheAdapter:
             target: a diffusers pipeline with a transformer, or the transformer.
             clock: shared with other hooks on the transformer; its own by default.
             say: takes remarks for the user.
+            refine: changes what the settings chose before it is put on.
 
         Raises StepCacheError where TeaCache is on already, the model type is unknown or belongs to another model,
         and ModelError where there is no transformer.
@@ -55,12 +61,16 @@ class TeaCacheAdapter:
             raise StepCacheError(
                 f"TeaCache is on for this {type(denoiser.module).__name__} already; remove it before applying it again"
             )
+        if self.config.profile is not None:
+            profile = profile_for(self.config, denoiser, say)
+            return TeaCacheAdapter(profile.settings_for(self.config)).apply(target, clock, say, profile.watched(say))
         model_type = self._model_type(denoiser)
         family = None if model_type is None else family_adapter(model_type)
         if clock is None:
             clock = RunClock(family, denoiser.scheduler, self.config.num_inference_steps)
         stack: BlockStack = WholeForward() if model_type is None else _stack(model_type, family)
-        hook = TeaCacheHook(step_cache(self.config, self._policy(model_type, family), stack), stack, clock, say)
+        chosen = refine(step_cache(self.config, self._policy(model_type, family), stack))
+        hook = TeaCacheHook(chosen, stack, clock, say)
         HookRegistry.check_if_exists_or_initialize(denoiser.module).register_hook(hook, HOOK_NAME)
         return hook
 

@@ -50,6 +50,10 @@ class TeaCacheConfig(Settings):
     model_type: str | None = None
     """Pipeline class name (`QwenImageEditPlusPipeline`); found from the transformer when left out."""
 
+    profile: str | None = None
+    """What `dittocache calibrate` and `tune` found for this model: `auto` looks it up by the model, or its file. It
+    takes the place of settings that are left at their defaults."""
+
     ret_steps: int = Field(default=1, ge=1)
     """First steps that are always computed."""
 
