@@ -8,10 +8,11 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dittocache.families.qwen_image_transformer import SPEC_POLYNOMIAL
+from dittocache.families.polynomials import PUBLISHED
 from dittocache.teacache import policy as reasons
 from dittocache.teacache.policy import Decision, GatePolicy, GateState, decide, polynomial, rescale, skippable_steps
 
+SPEC_POLYNOMIAL = PUBLISHED["qwen-image-spec"]
 finite = st.floats(-1e3, 1e3)
 policies = st.builds(
     GatePolicy,

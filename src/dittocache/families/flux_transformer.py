@@ -17,9 +17,11 @@ from dittocache.families.base import CacheContext, JointQKV, Polynomial, TokenLa
 from dittocache.families.batch_rows import batch_rows
 from dittocache.families.denoiser import is_isolated
 from dittocache.families.lora_scale import lora_scaled, without_scale
+from dittocache.families.polynomials import PUBLISHED
+from dittocache.families.usual_forward import UsualForward
 
 
-class FluxTransformerAdapter:
+class FluxTransformerAdapter(UsualForward):
     """`FluxTransformer2DModel`: dual-stream blocks, then single-stream blocks; Kontext's references are known by id."""
 
     class_name = "FluxTransformer2DModel"
@@ -34,10 +36,11 @@ class FluxTransformerAdapter:
     )
     attention_processor_class_names: tuple[str, ...] = ("FluxAttnProcessor",)
     attention_kwargs_name = "joint_attention_kwargs"
-    polynomial = Polynomial(
-        coefficients=(498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),
-        source="TeaCache's authors, for FLUX.1",
-    )
+    polynomial = PUBLISHED["flux"]
+    polynomials: Mapping[str, Polynomial] = {
+        "FluxKontextPipeline": PUBLISHED["flux-kontext"],
+        "FluxKontextInpaintPipeline": PUBLISHED["flux-kontext"],
+    }
     signal_ignores_text = False  # the pooled prompt is part of temb
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ from diffusers.hooks.hooks import StateManager
 from torch import nn
 
 from dittocache.families.active_adapters import adapters_of
-from dittocache.families.base import TokenLayout, TransformerAdapter
+from dittocache.families.base import StepAdapter, TokenLayout
 
 DEFAULT_BRANCH = "default"
 _WAITING = 7  # runs beside the one whose turn it is; a broken-off run whose prompt somebody holds never ends by itself
@@ -133,7 +133,7 @@ class RunClock:
     """
 
     def __init__(
-        self, adapter: TransformerAdapter | None = None, scheduler: Any = None, num_inference_steps: int | None = None
+        self, adapter: StepAdapter | None = None, scheduler: Any = None, num_inference_steps: int | None = None
     ) -> None:
         self._adapter = adapter
         self._scheduler = scheduler
@@ -190,11 +190,16 @@ class RunClock:
         return now, max(0.0, 2 * now - at.levels_by_hand[1])
 
     def _locate(self, module: nn.Module, announced: Any, forward_kwargs: Mapping[str, Any]) -> DenoisingCall:
-        layout = None if self._adapter is None else self._adapter.token_layout(module, forward_kwargs)
+        layout = None
+        if self._adapter is not None:
+            layout = self._adapter.token_layout(module, forward_kwargs)
+            forward_kwargs = self._adapter.run_arguments(forward_kwargs)
         hidden_states = forward_kwargs.get("hidden_states")
         signature: object = (layout, adapters_of(module))
         if isinstance(hidden_states, torch.Tensor):
-            signature = (hidden_states.shape, hidden_states.dtype, hidden_states.device, signature)
+            # References may be left out of later steps; the layout counts them all the same.
+            shape = hidden_states.shape if layout is None else (hidden_states.shape[0], *hidden_states.shape[2:])
+            signature = (shape, hidden_states.dtype, hidden_states.device, signature)
         name = None if announced is None else announced.name
         timestep, text = forward_kwargs.get("timestep"), forward_kwargs.get("encoder_hidden_states")
         self._turn_to(name, text)

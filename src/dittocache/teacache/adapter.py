@@ -9,8 +9,9 @@ from typing import Any
 from diffusers.hooks.hooks import HookRegistry
 
 from dittocache.errors import StepCacheError
-from dittocache.families.base import Polynomial, TransformerAdapter
+from dittocache.families.base import StepAdapter
 from dittocache.families.denoiser import Denoiser, find_denoiser, installed_hook, remove_hook
+from dittocache.families.polynomials import range_of
 from dittocache.families.run_clock import RunClock
 from dittocache.teacache.choice import step_cache
 from dittocache.teacache.config import TeaCacheConfig
@@ -18,7 +19,7 @@ from dittocache.teacache.extractors import (
     EXTRACTOR_REGISTRY,
     family_adapter,
     get_extractor,
-    registered_polynomial,
+    polynomial_of,
 )
 from dittocache.teacache.hook import HOOK_NAME, StepCache, TeaCacheHook
 from dittocache.teacache.policy import GatePolicy
@@ -69,7 +70,7 @@ class TeaCacheAdapter:
         if clock is None:
             clock = RunClock(family, denoiser.scheduler, self.config.num_inference_steps)
         stack: BlockStack = WholeForward() if model_type is None else _stack(model_type, family)
-        chosen = refine(step_cache(self.config, self._policy(model_type, family), stack))
+        chosen = refine(step_cache(self.config, self._policy(model_type), stack))
         hook = TeaCacheHook(chosen, stack, clock, say)
         HookRegistry.check_if_exists_or_initialize(denoiser.module).register_hook(hook, HOOK_NAME)
         return hook
@@ -114,15 +115,15 @@ class TeaCacheAdapter:
             )
         return self.config.model_type
 
-    def _policy(self, model_type: str | None, family: TransformerAdapter | None) -> GatePolicy:
-        default = registered_polynomial(model_type or "") if family is None else family.polynomial
-        chosen = Polynomial(self.config.coefficients or default.coefficients)
+    def _policy(self, model_type: str | None) -> GatePolicy:
+        default = polynomial_of(model_type)
+        coefficients = self.config.coefficients or default.coefficients
         # A range belongs to the coefficients that were fitted on it.
-        same = chosen.coefficients == default.coefficients
+        fitted = default.fitted_range if coefficients == default.coefficients else range_of(coefficients)
         return GatePolicy(
             threshold=self.config.rel_l1_thresh,
-            coefficients=chosen.coefficients,
-            fitted_range=self.config.fitted_range or (default.fitted_range if same else None),
+            coefficients=coefficients,
+            fitted_range=self.config.fitted_range or fitted,
             ret_steps=self.config.ret_steps,
             cutoff_steps=self.config.cutoff_steps,
             max_consecutive_skips=self.config.max_consecutive_skips,
@@ -135,5 +136,5 @@ def _fits(model_type: str, names: Sequence[str]) -> bool:
     return family is None or family.class_name in names
 
 
-def _stack(model_type: str, family: TransformerAdapter | None) -> BlockStack:
+def _stack(model_type: str, family: StepAdapter | None) -> BlockStack:
     return ExtractorStack(get_extractor(model_type)) if family is None else StockStack(family)

@@ -26,6 +26,7 @@ from dittocache.teacache.policy import (
     forced_by_place,
 )
 from dittocache.teacache.prediction import Prediction
+from dittocache.teacache.ranks import OverRanks
 from dittocache.teacache.signal import read, relative_l1
 
 
@@ -37,19 +38,23 @@ class StepView:
         rows: samples in the batch.
         clock: knows the sigmas of the run.
         extract: takes the forward pass apart.
+        over_ranks: averages numbers that were measured on a part of the tokens over all ranks; None: all are here.
     """
 
-    def __init__(self, call: DenoisingCall, rows: int, clock: RunClock, extract: Callable[[], CacheContext]) -> None:
+    def __init__(
+        self,
+        call: DenoisingCall,
+        rows: int,
+        clock: RunClock,
+        extract: Callable[[], CacheContext],
+        over_ranks: OverRanks | None = None,
+    ) -> None:
         self.call = call
         self.rows = rows
+        self.over_ranks = over_ranks
         self._clock = clock
         self._extract = extract
         self._context: CacheContext | None = None
-
-    @property
-    def known_context(self) -> CacheContext | None:
-        """The context, if somebody asked for it."""
-        return self._context
 
     def context(self) -> CacheContext:
         """The forward pass taken apart, noise tokens only."""
@@ -143,7 +148,7 @@ class DistanceGate:
         free = [forced(self._policy, state, call.step, call.steps) is None for state in self._states]
         if any(free) and self._signal is not None:
             context = step.context()
-            distances = relative_l1(context.modulated_input, self._signal)
+            distances = relative_l1(context.modulated_input, self._signal, step.over_ranks)
             self._keep(context, call.step)
         decided = [
             decide(self._policy, state, distance, call.step, call.steps)
@@ -197,7 +202,7 @@ class ErrorGate:
         if len(self._states) != step.rows:
             self._states = [ErrorState()] * step.rows
             self._computed = {}
-        self._settle(call)
+        self._settle(step)
         decided = [decide_by_error(self._policy, state, *step.sigmas, call.step, call.steps) for state in self._states]
         self._decisions = self._unite([decision for decision, _ in decided])
         self._states = [
@@ -214,17 +219,19 @@ class ErrorGate:
             if self._decisions[row].compute:  # a branch that came in late may compute where the others skip
                 self._computed.setdefault(row, []).append(None if defects is None else (defects, place))
 
-    def _settle(self, call: DenoisingCall) -> None:
+    def _settle(self, step: StepView) -> None:
         """Take what the last computed step found into the states; read only where it counts."""
         if not self._computed:
             return
+        call = step.call
         counts = any(
             forced_by_place(self._policy, state.skips, call.step, call.steps) is None for state in self._states
         )
         tensors = {id(one[0]): one[0] for found in self._computed.values() for one in found if one is not None}
         numbers: dict[int, list[float]] = {}
         if counts and tensors:
-            together = iter(read(torch.cat(list(tensors.values()))))
+            defects = torch.cat(list(tensors.values()))
+            together = iter(read(defects if step.over_ranks is None else step.over_ranks(defects)))
             numbers = {key: [next(together) for _ in tensor] for key, tensor in tensors.items()}
         for row, found in self._computed.items():
             known = [numbers[id(one[0])][one[1]] for one in found if one is not None and id(one[0]) in numbers]

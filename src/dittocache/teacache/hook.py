@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from dittocache.families.run_clock import BranchListener, DenoisingCall, RunCloc
 from dittocache.teacache.gates import Gate, StepView
 from dittocache.teacache.outputs import sample_of, with_sample
 from dittocache.teacache.policy import Decision, skippable_steps
-from dittocache.teacache.prediction import Prediction
+from dittocache.teacache.prediction import Prediction, StackPass, noise_sample
+from dittocache.teacache.ranks import over_ranks
 from dittocache.teacache.stack import BlockStack
 
 logger = logging.getLogger(__name__)
@@ -134,9 +136,11 @@ class TeaCacheHook(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
         run = self._runs[call.run]
         branch = self._branch(run, call.branch)
         rows = self._stack.samples(forward_kwargs)
-        step = StepView(call, rows, self._clock, lambda: self._stack.extract(module, forward_kwargs, call.layout))
+        extract = partial(self._stack.extract, module, forward_kwargs, call.layout)
+        step = StepView(call, rows, self._clock, extract, over_ranks(module))
         decisions = branch.gate.decide(step)
-        needed = [row for row in range(rows) if decisions[row].compute or not branch.prediction.ready(row)]
+        must = self._stack.must_run(forward_kwargs)
+        needed = [row for row in range(rows) if must or decisions[row].compute or not branch.prediction.ready(row)]
         self._report(call, decisions, needed)
         if not needed:
             run.skipped += 1
@@ -145,22 +149,23 @@ class TeaCacheHook(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
         part = self._stack.rows(forward_kwargs, needed) if len(needed) < rows else None
         if part is None or not all(branch.prediction.ready(row) for row in range(rows)):
             needed, part = list(range(rows)), forward_kwargs
-        context = step.known_context if len(needed) == rows else None
-        output, passed = self._stack.compute(module, part, call.layout, context, self.fn_ref.original_forward)
+        output, passed = self._stack.compute(module, part, call.layout, step.context, self.fn_ref.original_forward)
         if not self._cache.enabled or self._is_last(call):  # nothing that is kept would be read
-            return self._assembled(step, branch, output, needed)
+            return self._assembled(step, branch, output, passed, needed)
         value, sigma = branch.prediction.value(passed, output), self._sigma(step, branch)
         branch.gate.observe(step, branch.prediction, value, needed)
-        whole = self._assembled(step, branch, output, needed)
+        whole = self._assembled(step, branch, output, passed, needed)
         branch.prediction.observe(value, sigma, output, needed)
         return whole
 
-    def _assembled(self, step: StepView, branch: _Branch, output: Any, computed: Sequence[int]) -> Any:
+    def _assembled(
+        self, step: StepView, branch: _Branch, output: Any, passed: StackPass | None, computed: Sequence[int]
+    ) -> Any:
         """The computed rows among the predicted ones; `output` itself where all rows were computed."""
         if len(computed) == step.rows:
             return output
         predicted = sample_of(branch.prediction.predict(self._sigma(step, branch), step.context))
-        found = sample_of(output)[:, : predicted.shape[1]]
+        found = noise_sample(passed, output)
         index = torch.tensor(list(computed), device=found.device)
         return with_sample(output, predicted.index_copy(0, index, found.to(predicted.dtype)))
 

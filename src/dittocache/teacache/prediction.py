@@ -22,12 +22,26 @@ from dittocache.teacache.signal import relative_distance
 Subject = Literal["residual", "output"]
 
 
+def _whole(sample: torch.Tensor) -> torch.Tensor:
+    return sample
+
+
 @dataclass(frozen=True)
 class StackPass:
-    """Input and output `(B, N, D)` of the block stack at a computed step, noise tokens only."""
+    """Input and output `(B, N, D)` of the block stack at a computed step, noise tokens only.
+
+    `noise_of` takes the noise's part of the model's output.
+    """
 
     stack_input: torch.Tensor
     stack_output: torch.Tensor
+    noise_of: Callable[[torch.Tensor], torch.Tensor] = _whole
+
+
+def noise_sample(passed: StackPass | None, output: Any) -> torch.Tensor:
+    """The predicted velocity of the noise in what the model returned; all of it where the blocks are not known."""
+    sample = sample_of(output)
+    return sample if passed is None else passed.noise_of(sample)
 
 
 class Prediction:
@@ -64,10 +78,9 @@ class Prediction:
         """What is kept of a computed step, noise tokens only; `passed` is None where the blocks are not known."""
         if self.subject == "residual" and passed is not None:
             return (passed.stack_output - passed.stack_input).detach()
-        sample = sample_of(output).detach()
-        noise = sample.shape[1] if passed is None else passed.stack_output.shape[1]
+        whole, noise = sample_of(output), noise_sample(passed, output).detach()
         # A view would keep the reference tokens' part of the output alive.
-        return sample if sample.shape[1] == noise else sample[:, :noise].clone()
+        return noise if noise.shape == whole.shape else noise.clone()
 
     def defect(self, value: torch.Tensor, sigma: float, rows: Sequence[int]) -> torch.Tensor | None:
         """How far the prediction for `rows` would have been from `value`, relative, `(rows,)` float32 on the device.

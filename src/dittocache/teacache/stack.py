@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from dittocache.errors import StepCacheError
-from dittocache.families.base import CacheContext, TokenLayout, TransformerAdapter
+from dittocache.families.base import CacheContext, StepAdapter, TokenLayout
+from dittocache.teacache.outputs import sample_of, with_sample
 from dittocache.teacache.prediction import StackPass
+from dittocache.teacache.ranks import context_parallel, gathered
 
 Extractor = Callable[..., CacheContext]
 
@@ -40,18 +43,22 @@ class BlockStack(Protocol):
         """The same forward pass for some samples of the batch; None where the model's arguments cannot be divided."""
         ...
 
+    def must_run(self, forward_kwargs: Mapping[str, Any]) -> bool:
+        """Whether later steps depend on this one having run."""
+        ...
+
     def compute(
         self,
         module: nn.Module,
         forward_kwargs: Mapping[str, Any],
         layout: TokenLayout | None,
-        context: CacheContext | None,
+        context: Callable[[], CacheContext],
         forward: Callable[..., Any],
     ) -> tuple[Any, StackPass | None]:
         """What the model returns for a computed step, and what went in and out of its blocks.
 
-        The latter is None where only the output can be predicted. `context` is this step's, where it was extracted
-        already.
+        The latter is None where only the output can be predicted. `context` gives that of the whole batch, extracted
+        once a step.
         """
         ...
 
@@ -59,12 +66,13 @@ class BlockStack(Protocol):
 class StockStack:
     """The model's own forward, so that a computed step is the stock one bit for bit; noise tokens only are kept."""
 
-    def __init__(self, adapter: TransformerAdapter) -> None:
+    def __init__(self, adapter: StepAdapter) -> None:
         self._adapter = adapter
         self.signal_is_shared = adapter.signal_ignores_text
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._input: torch.Tensor | None = None
         self._output: torch.Tensor | None = None
+        self._parallel: Any = None
 
     def attach(self, module: nn.Module) -> None:
         """Watch the first block's input and the final norm's input."""
@@ -75,6 +83,7 @@ class StockStack:
         def take_output(_: nn.Module, args: tuple[Any, ...]) -> None:
             self._output = args[0]
 
+        self._parallel = context_parallel(module)
         first, norm = self._adapter.blocks(module)[0], self._adapter.final_norm(module)
         self._handles = [
             first.register_forward_pre_hook(take_input, with_kwargs=True),
@@ -91,25 +100,43 @@ class StockStack:
     def extract(self, module: nn.Module, forward_kwargs: Mapping[str, Any], layout: TokenLayout | None) -> CacheContext:
         """Embedding and modulation of the noise tokens; text and references cost nothing here."""
         noise = dict(forward_kwargs) if layout is None else self._adapter.noise_only(forward_kwargs, layout)
-        return self._adapter.extract_context(module, **noise)
+        found = self._adapter.extract_context(module, **noise)
+        if self._parallel is None:
+            return found
+
+        def postprocess(hidden_states: torch.Tensor) -> Any:
+            # Every rank has all noise tokens here; diffusers gathers them from all ranks all the same.
+            output = found.postprocess(hidden_states)
+            return with_sample(output, sample_of(output)[:, : hidden_states.shape[1]])
+
+        return replace(found, postprocess=postprocess)
 
     def samples(self, forward_kwargs: Mapping[str, Any]) -> int:
         """Rows of `hidden_states`."""
-        return len(forward_kwargs["hidden_states"])
+        return len(self._adapter.run_arguments(forward_kwargs)["hidden_states"])
 
     def rows(self, forward_kwargs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any] | None:
         """As the family divides its arguments."""
         return self._adapter.rows(forward_kwargs, rows)
+
+    def must_run(self, forward_kwargs: Mapping[str, Any]) -> bool:
+        """Where the model fills a cache of its own."""
+        return self._adapter.must_run(forward_kwargs)
 
     def compute(
         self,
         module: nn.Module,
         forward_kwargs: Mapping[str, Any],
         layout: TokenLayout | None,
-        context: CacheContext | None,
+        context: Callable[[], CacheContext],
         forward: Callable[..., Any],
     ) -> tuple[Any, StackPass]:
         """Run `forward` (the stock one, or an inner hook's) and cut what passed the blocks to the noise tokens."""
+        if context_parallel(module) is not self._parallel:
+            raise StepCacheError(
+                f"{type(module).__name__} was made context-parallel while TeaCache was on: TeaCache would see the "
+                "tokens of one rank only. Call enable_parallelism first, then put TeaCache on"
+            )
         try:
             output = forward(**forward_kwargs)
             if self._input is None or self._output is None:
@@ -117,8 +144,15 @@ class StockStack:
                     f"the forward of {type(module).__name__} passed its first block or final norm by; "
                     "TeaCache cannot tell what the blocks did. Turn off other caches on this transformer"
                 )
-            noise = slice(None) if layout is None else slice(layout.noise)
-            return output, StackPass(self._input[:, noise], self._output[:, noise])
+            if layout is None:
+                return output, StackPass(self._input, self._output)
+            tokens = layout.noise + layout.reference
+
+            def noise_of(stream: torch.Tensor) -> torch.Tensor:
+                whole = gathered(module, stream, tokens)
+                return self._adapter.noise_tokens(whole, layout, forward_kwargs)
+
+            return output, StackPass(noise_of(self._input), noise_of(self._output), noise_of)
         finally:
             self._input = self._output = None  # they would keep a step's activations alive
 
@@ -149,12 +183,16 @@ class WholeForward:
         """Nobody knows which of its arguments have a row for each sample."""
         return None
 
+    def must_run(self, forward_kwargs: Mapping[str, Any]) -> bool:
+        """Nobody said so."""
+        return False
+
     def compute(
         self,
         module: nn.Module,
         forward_kwargs: Mapping[str, Any],
         layout: TokenLayout | None,
-        context: CacheContext | None,
+        context: Callable[[], CacheContext],
         forward: Callable[..., Any],
     ) -> tuple[Any, StackPass | None]:
         """The forward and nothing besides."""
@@ -189,19 +227,22 @@ class ExtractorStack:
         """Nobody knows which of its arguments have a row for each sample."""
         return None
 
+    def must_run(self, forward_kwargs: Mapping[str, Any]) -> bool:
+        """Nobody said so."""
+        return False
+
     def compute(
         self,
         module: nn.Module,
         forward_kwargs: Mapping[str, Any],
         layout: TokenLayout | None,
-        context: CacheContext | None,
+        context: Callable[[], CacheContext],
         forward: Callable[..., Any],
     ) -> tuple[Any, StackPass]:
         """Blocks and postprocessing of the context; its first output is the image stream."""
-        if context is None:
-            context = self.extract(module, forward_kwargs, layout)
-        hidden_states = context.run_transformer_blocks()[0]
-        return context.postprocess(hidden_states), StackPass(context.hidden_states, hidden_states)
+        found = context()
+        hidden_states = found.run_transformer_blocks()[0]
+        return found.postprocess(hidden_states), StackPass(found.hidden_states, hidden_states)
 
 
 def first_length(forward_kwargs: Mapping[str, Any]) -> int:
