@@ -45,7 +45,7 @@ class Flux2TransformerAdapter(FillsOwnCache):
     no_reference_cache = "take Flux2KleinKVPipeline, which keeps the keys and values of references by itself"
 
     def __init__(self) -> None:
-        # Counting needs a read from the device; a pipeline passes the same values at every step of a run.
+        # Counting needs a read from the device.
         self._noise_tokens: Any = WeakTensorKeyDictionary()
 
     def extract_context(self, module: nn.Module, **forward_kwargs: Any) -> CacheContext:
@@ -61,7 +61,7 @@ class Flux2TransformerAdapter(FillsOwnCache):
             return TokenLayout(tokens - reference, reference)
         if forward_kwargs.get("kv_cache_mode") == "cached":
             return TokenLayout(tokens, forward_kwargs["kv_cache"].num_ref_tokens)
-        noise = self._count_noise(forward_kwargs["img_ids"], forward_kwargs["encoder_hidden_states"])
+        noise = self._count_noise(forward_kwargs["img_ids"], forward_kwargs["txt_ids"])
         return TokenLayout(noise, tokens - noise)
 
     def noise_tokens(
@@ -96,14 +96,14 @@ class Flux2TransformerAdapter(FillsOwnCache):
         """`norm_out`; text has been cut off before it."""
         return cast(nn.Module, module.norm_out)
 
-    def _count_noise(self, img_ids: torch.Tensor, text: torch.Tensor) -> int:
-        # With references the ids are put together anew at every step: the prompt, which is not, stands for the run.
-        known = self._noise_tokens.get(text, {})
+    def _count_noise(self, img_ids: torch.Tensor, txt_ids: torch.Tensor) -> int:
+        # Pipelines put the pictures' ids together anew at every step, the text's once a run: these stand for the run.
+        known = self._noise_tokens.get(txt_ids, {})
         tokens = img_ids.shape[-2]
         if tokens not in known:
             ids = img_ids[0] if img_ids.ndim == 3 else img_ids
             known = {**known, tokens: int((ids[:, 0] == 0).sum())}
-            self._noise_tokens[text] = known
+            self._noise_tokens[txt_ids] = known
         return int(known[tokens])
 
 

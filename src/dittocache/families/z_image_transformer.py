@@ -76,8 +76,13 @@ class ZImageTransformerAdapter(UsualForward):
         return dict(forward_kwargs)
 
     def rows(self, forward_kwargs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any] | None:
-        """Lists have an entry and tensors a row for each sample; ControlNet residuals are a dictionary of tensors."""
+        """Lists have an entry and tensors a row for each sample.
+
+        ControlNet residuals are as long as the longest prompt asks, which may be of a sample that is left out.
+        """
         kwargs, residuals = dict(forward_kwargs), forward_kwargs.get("controlnet_block_samples")
+        if residuals is not None and len({len(prompt) for prompt in kwargs["cap_feats"]}) > 1:
+            return None
         index = list(rows)
         for name in ("x", "cap_feats", "siglip_feats", "image_noise_mask"):
             if kwargs.get(name) is not None:
