@@ -56,7 +56,8 @@ def flip_map(a: Picture, b: Picture, pixels_per_degree: float = PIXELS_PER_DEGRE
     first, second = (_opponent(_linear(pixels / 255.0)) for pixels in as_pair(a, b))
     colour = _colour_difference(first, second, pixels_per_degree)
     feature = _feature_difference(first[..., 0], second[..., 0], pixels_per_degree)
-    return np.power(colour, 1.0 - feature)  # eq. 20
+    differences: Floats = np.power(colour, 1.0 - feature)  # eq. 20
+    return differences
 
 
 def _colour_difference(first: Floats, second: Floats, pixels_per_degree: float) -> Floats:
@@ -67,7 +68,8 @@ def _colour_difference(first: Floats, second: Floats, pixels_per_degree: float) 
     largest = float(_hyab(_hunt(green), _hunt(blue)).item()) ** _COLOUR_POWER
     knee = _KNEE * largest
     above = _KNEE_HEIGHT + (power - knee) / (largest - knee) * (1.0 - _KNEE_HEIGHT)
-    return np.clip(np.where(power < knee, power * _KNEE_HEIGHT / knee, above), 0.0, 1.0)
+    spread: Floats = np.clip(np.where(power < knee, power * _KNEE_HEIGHT / knee, above), 0.0, 1.0)
+    return spread
 
 
 def _seen(opponent: Floats, pixels_per_degree: float) -> Floats:
@@ -100,7 +102,8 @@ def _feature_difference(first: Floats, second: Floats, pixels_per_degree: float)
         grey = (luminance + 16) / 116
         strengths.append([_strength(grey, kernel, smooth) for kernel in (edge, point)])
     edges, points = (np.abs(one - other) for one, other in zip(*strengths, strict=True))
-    return np.power(np.maximum(edges, points) / math.sqrt(2), _FEATURE_POWER)
+    difference: Floats = np.power(np.maximum(edges, points) / math.sqrt(2), _FEATURE_POWER)
+    return difference
 
 
 def _strength(grey: Floats, kernel: Floats, smooth: Floats) -> Floats:
@@ -130,7 +133,8 @@ def _filtered(plane: Floats, along_y: Floats, along_x: Floats) -> Floats:
 def _hyab(first: Floats, second: Floats) -> Floats:
     """City-block distance in lightness, Euclidean in the two colour axes, eq. 9."""
     difference = first - second
-    return np.abs(difference[..., 0]) + np.hypot(difference[..., 1], difference[..., 2])
+    distance: Floats = np.abs(difference[..., 0]) + np.hypot(difference[..., 1], difference[..., 2])
+    return distance
 
 
 def _hunt(rgb: Floats) -> Floats:
