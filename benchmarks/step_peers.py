@@ -1,8 +1,8 @@
 """Step caches of other projects behind one interface: each on a pipeline for the length of a `with`.
 
-diffusers: FirstBlockCache, MagCache (ratios measured on a run of the same model), TaylorSeer in lite mode, SeaCache (its
-step, sigma and latents passed by hand: on Qwen-Image it does nothing by itself). cache-dit (extra `bench`): DBCache with
-one block computed, with and without TaylorSeer.
+diffusers: FirstBlockCache, MagCache (ratios measured on a run of the same model), TaylorSeer in lite mode, SeaCache
+(its step, sigma and latents passed by hand: on Qwen-Image it does nothing by itself). cache-dit, where it is installed:
+DBCache with one block computed, with and without TaylorSeer.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def sea_cache(pipe: Any, threshold: float, steps: int) -> Iterator[None]:
 
 
 def cache_dit(taylor: bool) -> Peer:
-    """cache-dit's DBCache with its first block computed (F1B0), with or without TaylorSeer; the knob is its threshold."""
+    """cache-dit's DBCache with one block computed (F1B0), with or without TaylorSeer; the knob is its threshold."""
 
     @contextmanager
     def cached(pipe: Any, threshold: float, steps: int) -> Iterator[None]:
