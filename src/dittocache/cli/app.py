@@ -10,6 +10,7 @@ from rich.console import Console
 
 from dittocache import __version__
 from dittocache.cli.cache import cache_app, plan
+from dittocache.cli.quality import add_quality_commands
 from dittocache.cli.shared import ConfigFile, Overrides, load_settings, say, settings_help, start_job
 from dittocache.config import parse_overrides
 from dittocache.errors import ConfigError, DataError, DittocacheError, ModelError
@@ -49,6 +50,7 @@ def demo(*settings: Overrides) -> None:
 
 app.command(cache_app)
 app.command(plan, help_epilogue=settings_help())
+add_quality_commands(app)
 
 
 @app.command(help_epilogue=settings_help())
