@@ -198,6 +198,9 @@ class CacheContext:
         for name in ("run_transformer_blocks", "postprocess"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"CacheContext.{name} must be callable, found {type(getattr(self, name)).__name__}")
+        for name in ("modulated_input", "hidden_states"):
+            if getattr(self, name).ndim == 0:
+                raise ValueError(f"CacheContext.{name} must have a batch dimension, found shape ()")
         batches = {self.modulated_input.shape[0], self.hidden_states.shape[0]}
         if len(batches) != 1:
             raise ValueError(

@@ -12,12 +12,13 @@ import torch
 from diffusers.hooks.hooks import ModelHook
 from torch import nn
 
+from dittocache.errors import StepCacheError
 from dittocache.families.run_clock import BranchListener, DenoisingCall, RunClock, bind_forward
 from dittocache.teacache.gates import Gate, StepView
 from dittocache.teacache.outputs import sample_of, with_sample
 from dittocache.teacache.policy import Decision, skippable_steps
 from dittocache.teacache.prediction import Prediction, StackPass, noise_sample
-from dittocache.teacache.ranks import over_ranks
+from dittocache.teacache.ranks import OverRanks, context_parallel, over_ranks
 from dittocache.teacache.stack import BlockStack
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,8 @@ class TeaCacheHook(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
         self._say = say
         self._said: set[str] = set()
         self._runs: dict[int, _Run] = {}
+        self._parallel: Any = None
+        self._over_ranks: OverRanks | None = None
 
     @property
     def bytes_held(self) -> int:
@@ -105,6 +108,7 @@ class TeaCacheHook(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         """Called by diffusers when the hook is registered."""
         self._stack.attach(module)
+        self._parallel, self._over_ranks = context_parallel(module), over_ranks(module)
         return module
 
     def deinitalize_hook(self, module: nn.Module) -> nn.Module:
@@ -121,6 +125,11 @@ class TeaCacheHook(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Called by diffusers in place of the transformer's forward."""
+        if context_parallel(module) is not self._parallel:
+            raise StepCacheError(
+                f"{type(module).__name__} was made context-parallel while TeaCache was on: TeaCache would see the "
+                "tokens of one rank only. Call enable_parallelism first, then put TeaCache on"
+            )
         forward_kwargs = bind_forward(module, args, kwargs)
         with self._clock.call(module, self.branch_listener.heard, forward_kwargs) as call:
             if call.run not in self._runs:
@@ -137,7 +146,7 @@ class TeaCacheHook(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
         branch = self._branch(run, call.branch)
         rows = self._stack.samples(forward_kwargs)
         extract = partial(self._stack.extract, module, forward_kwargs, call.layout)
-        step = StepView(call, rows, self._clock, extract, over_ranks(module))
+        step = StepView(call, rows, self._clock, extract, self._over_ranks)
         decisions = branch.gate.decide(step)
         must = self._stack.must_run(forward_kwargs)
         needed = [row for row in range(rows) if must or decisions[row].compute or not branch.prediction.ready(row)]

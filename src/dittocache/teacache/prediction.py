@@ -28,14 +28,19 @@ def _whole(sample: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class StackPass:
-    """Input and output `(B, N, D)` of the block stack at a computed step, noise tokens only.
+    """Input and output `(B, tokens, D)` of the block stack at a computed step.
 
-    `noise_of` takes the noise's part of the model's output.
+    `noise_of` takes the noise's part `(B, N, ...)` of either, and of the model's output.
     """
 
     stack_input: torch.Tensor
     stack_output: torch.Tensor
     noise_of: Callable[[torch.Tensor], torch.Tensor] = _whole
+
+    @property
+    def residual(self) -> torch.Tensor:
+        """What the blocks added to the noise tokens, `(B, N, D)`."""
+        return self.noise_of(self.stack_output) - self.noise_of(self.stack_input)
 
 
 def noise_sample(passed: StackPass | None, output: Any) -> torch.Tensor:
@@ -77,7 +82,7 @@ class Prediction:
     def value(self, passed: StackPass | None, output: Any) -> torch.Tensor:
         """What is kept of a computed step, noise tokens only; `passed` is None where the blocks are not known."""
         if self.subject == "residual" and passed is not None:
-            return (passed.stack_output - passed.stack_input).detach()
+            return passed.residual.detach()
         whole, noise = sample_of(output), noise_sample(passed, output).detach()
         # A view would keep the reference tokens' part of the output alive.
         return noise if noise.shape == whole.shape else noise.clone()

@@ -72,7 +72,6 @@ class StockStack:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._input: torch.Tensor | None = None
         self._output: torch.Tensor | None = None
-        self._parallel: Any = None
 
     def attach(self, module: nn.Module) -> None:
         """Watch the first block's input and the final norm's input."""
@@ -83,7 +82,6 @@ class StockStack:
         def take_output(_: nn.Module, args: tuple[Any, ...]) -> None:
             self._output = args[0]
 
-        self._parallel = context_parallel(module)
         first, norm = self._adapter.blocks(module)[0], self._adapter.final_norm(module)
         self._handles = [
             first.register_forward_pre_hook(take_input, with_kwargs=True),
@@ -101,7 +99,7 @@ class StockStack:
         """Embedding and modulation of the noise tokens; text and references cost nothing here."""
         noise = dict(forward_kwargs) if layout is None else self._adapter.noise_only(forward_kwargs, layout)
         found = self._adapter.extract_context(module, **noise)
-        if self._parallel is None:
+        if context_parallel(module) is None:
             return found
 
         def postprocess(hidden_states: torch.Tensor) -> Any:
@@ -131,12 +129,7 @@ class StockStack:
         context: Callable[[], CacheContext],
         forward: Callable[..., Any],
     ) -> tuple[Any, StackPass]:
-        """Run `forward` (the stock one, or an inner hook's) and cut what passed the blocks to the noise tokens."""
-        if context_parallel(module) is not self._parallel:
-            raise StepCacheError(
-                f"{type(module).__name__} was made context-parallel while TeaCache was on: TeaCache would see the "
-                "tokens of one rank only. Call enable_parallelism first, then put TeaCache on"
-            )
+        """Run `forward` (the stock one, or an inner hook's) and see what passes the blocks."""
         try:
             output = forward(**forward_kwargs)
             if self._input is None or self._output is None:
@@ -152,7 +145,7 @@ class StockStack:
                 whole = gathered(module, stream, tokens)
                 return self._adapter.noise_tokens(whole, layout, forward_kwargs)
 
-            return output, StackPass(noise_of(self._input), noise_of(self._output), noise_of)
+            return output, StackPass(self._input, self._output, noise_of)
         finally:
             self._input = self._output = None  # they would keep a step's activations alive
 
