@@ -67,10 +67,7 @@ def z_image_transformer(omni: bool = False) -> Any:
         axes_dims=[4, 6, 6],
         axes_lens=[128, 32, 32],
     )
-    model = enliven(model)
-    with torch.no_grad():
-        model.x_pad_token.normal_()
-    return model
+    return enliven(model)
 
 
 @dataclass(frozen=True)

@@ -72,9 +72,9 @@ def qwen21(references: int = 0, **call: Any) -> tuple[Any, dict[str, Any]]:
 
 def flux2(pipeline: Any, references: int = 0, **call: Any) -> tuple[Any, dict[str, Any]]:
     vae = AutoencoderKLFlux2(
-        block_out_channels=(4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
         latent_channels=2,
         norm_num_groups=2,
@@ -82,7 +82,7 @@ def flux2(pipeline: Any, references: int = 0, **call: Any) -> tuple[Any, dict[st
     ).eval()
     transformer = flux2_transformer(guidance=pipeline is Flux2Pipeline)
     pipe = pipeline(scheduler=scheduler(), vae=vae, text_encoder=None, tokenizer=None, transformer=transformer)
-    call = {"height": 32, "width": 48, "prompt_embeds": random(3, 1, 5, TEXT_WIDTH), **call}
+    call = {"height": 64, "width": 96, "prompt_embeds": random(3, 1, 5, TEXT_WIDTH), **call}
     if references:
         call["image"] = [Image.new("RGB", (64, 64), (200, 30 * number, 0)) for number in range(references)]
     return pipe, call
@@ -179,7 +179,7 @@ def test_klein_without_its_own_cache_makes_the_picture_of_a_pipeline_with_other_
     with cached(pipe, SKIPPING):
         alone = made(pipe, call)
     with cached(pipe, SKIPPING) as trace:
-        made(pipe, {**call, "height": 64})
+        made(pipe, {**call, "height": 96})
         made(pipe, {key: value for key, value in call.items() if key != "image"})
         assert torch.equal(made(pipe, call), alone)
     assert pattern(trace) == 3 * PATTERNS["residual"]

@@ -11,6 +11,7 @@ from torch import nn
 
 from dittocache.errors import StepCacheError
 from dittocache.families.base import CacheContext, StepAdapter, TokenLayout
+from dittocache.teacache.offloading import brought_in
 from dittocache.teacache.outputs import sample_of, with_sample
 from dittocache.teacache.prediction import StackPass
 from dittocache.teacache.ranks import context_parallel, gathered
@@ -98,13 +99,17 @@ class StockStack:
     def extract(self, module: nn.Module, forward_kwargs: Mapping[str, Any], layout: TokenLayout | None) -> CacheContext:
         """Embedding and modulation of the noise tokens; text and references cost nothing here."""
         noise = dict(forward_kwargs) if layout is None else self._adapter.noise_only(forward_kwargs, layout)
-        found = self._adapter.extract_context(module, **noise)
-        if context_parallel(module) is None:
-            return found
+        # Beneath a skipped step neither the model nor a block is called, which would bring in weights and split tokens.
+        called = (module, self._adapter.blocks(module)[0])
+        with brought_in(called):
+            found = self._adapter.extract_context(module, **noise)
 
         def postprocess(hidden_states: torch.Tensor) -> Any:
+            with brought_in(called):
+                output = found.postprocess(hidden_states)
+            if context_parallel(module) is None:
+                return output
             # Every rank has all noise tokens here; diffusers gathers them from all ranks all the same.
-            output = found.postprocess(hidden_states)
             return with_sample(output, sample_of(output)[:, : hidden_states.shape[1]])
 
         return replace(found, postprocess=postprocess)
