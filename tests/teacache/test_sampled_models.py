@@ -78,6 +78,46 @@ def test_computed_steps_are_stock_and_skipped_ones_take_the_residual(model: Mode
     assert pattern(trace) == PATTERN
 
 
+ATTENTION = {
+    "Qwen-Image 2.1": "transformer_blocks.0.attn",
+    "FLUX.2": "transformer_blocks.0.attn",
+    "FLUX.2 klein": "transformer_blocks.0.attn",
+    "Z-Image": "noise_refiner.0.attention",
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_signal_is_what_the_first_block_attends_with(name: str, dtype: torch.dtype) -> None:
+    model = MODELS[name]
+    transformer, kwargs = model.build().to(dtype), model.kwargs(latents(2), 0.7)
+    adapter = step_adapter_of(transformer)
+    assert adapter is not None
+    for key, value in kwargs.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not key.endswith("_ids"):
+            kwargs[key] = value.to(dtype)
+        elif key in ("x", "cap_feats"):
+            kwargs[key] = [one.to(dtype) for one in value]
+    seen: list[torch.Tensor] = []
+
+    def see(_: Any, args: Any, given: dict[str, Any]) -> None:
+        seen.append(given["hidden_states"] if "hidden_states" in given else args[0])
+
+    handle = transformer.get_submodule(ATTENTION[name]).register_forward_pre_hook(see, with_kwargs=True)
+    with torch.no_grad():
+        stock = transformer(**kwargs)
+    handle.remove()
+    layout = adapter.token_layout(transformer, kwargs)
+    expected = adapter.noise_tokens(seen[0], layout, kwargs)
+    with torch.no_grad():
+        context = adapter.extract_context(transformer, **kwargs)
+        again = context.postprocess(context.run_transformer_blocks()[0])
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(context.modulated_input, expected, **tolerance)
+    assert context.modulated_input.dtype == dtype
+    torch.testing.assert_close(sample_of(again), noise_of(stock, layout, transformer, kwargs), **tolerance)
+
+
 @every_model
 def test_the_output_is_continued_in_sigma(model: Model) -> None:
     transformer = model.build()
