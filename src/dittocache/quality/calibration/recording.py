@@ -68,8 +68,12 @@ class Recording:
 
 
 @contextmanager
-def recorded(target: Any) -> Iterator[Recording]:
+def recorded(target: Any, num_inference_steps: int | None = None) -> Iterator[Recording]:
     """Record all runs of a pipeline or transformer within the block; what it makes is the stock model's.
+
+    Args:
+        target: a diffusers pipeline with a transformer, or the transformer.
+        num_inference_steps: of a run, where no scheduler tells: else a bare transformer's last step is recorded too.
 
     Raises StepCacheError where no extractor knows the model, ModelError where there is no transformer.
     """
@@ -79,7 +83,7 @@ def recorded(target: Any) -> Iterator[Recording]:
     def record(cache: StepCache) -> StepCache:
         return replace(cache, make_gate=lambda: _RecordingGate(found), make_prediction=_BothValues)
 
-    adapter = TeaCacheAdapter(TeaCacheConfig(gate="distance"))
+    adapter = TeaCacheAdapter(TeaCacheConfig(gate="distance", num_inference_steps=num_inference_steps))
     hook = adapter.apply(target, say=lambda remark: None, refine=record)
     adapter.remove(target)
     HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK_NAME)

@@ -17,6 +17,8 @@ CONFIDENCE = 0.975
 of several settings that look good is more often one that looks better than it is, and the difference pays for that."""
 
 _CAP = 100.0  # dB: beyond it pictures are identical
+_REACH: dict[Metric, float] = {"psnr": 15.0, "ssim": 15.0, "flip": 7.5, "speedup": math.inf}
+"""How far beyond the target a value is of use to the bound, as `goodness`."""
 _PATTERN = re.compile(r"\s*(?P<metric>\w+)\s*(?P<sign>>=|<=|>|<|=)\s*(?P<value>[-+\d.eE]+)\s*")
 _SIGNS: dict[Metric, str] = {"psnr": ">=", "ssim": ">=", "flip": "<=", "speedup": ">="}
 _RANGES: dict[Metric, tuple[float, float]] = {
@@ -66,17 +68,23 @@ class Target:
 
     def promised_by(self, values: Sequence[float], promise: Promise) -> bool:
         """Whether measured pictures promise that unseen ones keep to it."""
-        return self.kept_by(values, promise) and self.met_by(bound(self.metric, values, promise))
+        enough = goodness(self.metric, self.value) + _REACH[self.metric]
+        return self.kept_by(values, promise) and self.met_by(bound(self.metric, values, promise, enough))
 
 
-def bound(metric: Metric, values: Sequence[float], promise: Promise) -> float:
+def bound(metric: Metric, values: Sequence[float], promise: Promise, enough: float = math.inf) -> float:
     """What an unseen picture (or the mean of as many unseen ones) keeps to with `CONFIDENCE`, from measured ones.
 
     A one-sided prediction bound of the normal distribution: mean - t s sqrt(1 + 1/n), for a mean
     mean - t s sqrt(2/n). SSIM and FLIP are taken as decibels of their distance from identity, where they are closer
-    to normal. At least two values.
+    to normal.
+
+    Args:
+        values: two or more.
+        enough: as `goodness`; better values count as this. Pictures in which nothing was skipped are identical, and
+            how far they are from the others says nothing about how far those are from the target.
     """
-    scaled = [goodness(metric, value) for value in values]
+    scaled = [min(goodness(metric, value), enough) for value in values]
     count = len(scaled)
     spread = statistics.stdev(scaled) * math.sqrt(2 / count if promise == "mean" else 1 + 1 / count)
     return _value(metric, statistics.fmean(scaled) - student_t(CONFIDENCE, count - 1) * spread)
