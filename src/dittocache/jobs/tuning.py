@@ -122,8 +122,9 @@ def _calibration(
     known = known_profile(fingerprint(find_denoiser(pipe)), run)
     if known is not None and known.calibration:
         return run, dict(known.calibration), True
-    more, _ = record(inputs, samples[1 : inputs.config.calibrate.samples], None)
-    points = [*recording.points, *more.points]
+    points = recording.points
+    if more := samples[1 : inputs.config.calibrate.samples]:
+        points = [*points, *record(inputs, more, None)[0].points]
     return run, calibrated(points, (), inputs.config.calibrate.degree) if points else {}, True
 
 
