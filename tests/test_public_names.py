@@ -24,6 +24,8 @@ EXPORTED = [
     "GenerateConfig",
     "Manifest",
     "ModelError",
+    "Omni",
+    "OmniDiffusionConfig",
     "RecordCorruptError",
     "RecordMissingError",
     "ReferenceCacheError",
@@ -44,6 +46,7 @@ EXPORTED = [
     "load_config",
     "psnr",
     "register_extractor",
+    "request",
     "setup_cache",
     "ssim",
 ]

@@ -31,12 +31,15 @@ if TYPE_CHECKING:
     from dittocache.errors import StepCacheError as StepCacheError
     from dittocache.errors import StoreUnavailableError as StoreUnavailableError
     from dittocache.families.base import CacheContext as CacheContext
+    from dittocache.families.run_clock import request as request
     from dittocache.quality.metrics import psnr as psnr
     from dittocache.quality.metrics import ssim as ssim
     from dittocache.referencekv.config import ReferenceKVConfig as ReferenceKVConfig
     from dittocache.referencekv.isolation import isolate_references as isolate_references
     from dittocache.sampling.config import GenerateConfig as GenerateConfig
     from dittocache.sampling.generate import generate as generate
+    from dittocache.sampling.omni import Omni as Omni
+    from dittocache.sampling.omni import OmniDiffusionConfig as OmniDiffusionConfig
     from dittocache.sampling.session import cached as cached
     from dittocache.sampling.trace import Trace as Trace
     from dittocache.teacache.adapter import TeaCacheAdapter as TeaCacheAdapter
@@ -64,6 +67,8 @@ _HOMES = {
     "ModelError": "dittocache.errors",
     "RecordCorruptError": "dittocache.errors",
     "RecordMissingError": "dittocache.errors",
+    "Omni": "dittocache.sampling.omni",
+    "OmniDiffusionConfig": "dittocache.sampling.omni",
     "ReferenceCacheError": "dittocache.errors",
     "ReferenceKVConfig": "dittocache.referencekv.config",
     "RunConfig": "dittocache.config",
@@ -82,6 +87,7 @@ _HOMES = {
     "load_config": "dittocache.config",
     "psnr": "dittocache.quality.metrics",
     "register_extractor": "dittocache.teacache.extractors",
+    "request": "dittocache.families.run_clock",
     "setup_cache": "dittocache.teacache.apply",
     "ssim": "dittocache.quality.metrics",
 }

@@ -17,6 +17,7 @@ from dittocache.config_aliases.resolving import resolve_aliases
 from dittocache.data.config import DataConfig
 from dittocache.embeddings.config import CacheConfig
 from dittocache.errors import ConfigError
+from dittocache.quality.tuning.config import CalibrateConfig, TuneConfig
 from dittocache.referencekv.config import ReferenceKVConfig
 from dittocache.sampling.config import GenerateConfig
 from dittocache.settings import Settings
@@ -78,6 +79,8 @@ class RunConfig(Settings):
     generate: GenerateConfig = GenerateConfig()
     teacache: TeaCacheConfig | None = None
     reference_kv: ReferenceKVConfig | None = None
+    calibrate: CalibrateConfig = CalibrateConfig()
+    tune: TuneConfig = TuneConfig()
 
     @property
     def run_dir(self) -> Path:

@@ -82,7 +82,10 @@ def test_another_shape_is_a_new_run(tokens: int) -> None:
 
 def test_another_layout_of_as_many_tokens_is_a_new_run() -> None:
     layouts = [TokenLayout(2, 2), TokenLayout(2, 2), TokenLayout(3, 1)]
-    clock = RunClock(SimpleNamespace(token_layout=lambda module, kwargs: layouts.pop(0)))  # type: ignore[arg-type]
+    adapter: Any = SimpleNamespace(
+        token_layout=lambda module, kwargs: layouts.pop(0), run_arguments=lambda kwargs: kwargs
+    )
+    clock = RunClock(adapter)
     assert [locate(clock, t).run for t in (1.0, 0.7, 0.5)] == [1, 1, 2]
 
 

@@ -274,7 +274,7 @@ def test_a_users_extractor_takes_precedence_until_it_is_forgotten() -> None:
     try:
         adapter = TeaCacheAdapter()
         hook = adapter.apply(model)
-        assert hook._policy.coefficients == (2.0, 0.0)
+        assert hook._cache.make_gate().limits.coefficients == (2.0, 0.0)
         with torch.no_grad():
             found = model(**EDIT.kwargs(EDIT.latents(), 0.5))[0]
         adapter.remove(model)
@@ -315,7 +315,7 @@ def test_coefficients_come_with_the_range_they_were_fitted_on() -> None:
 
     def policy(**settings: Any) -> Any:
         adapter = TeaCacheAdapter(TeaCacheConfig(**settings))
-        found = adapter.apply(model)._policy
+        found = adapter.apply(model)._cache.make_gate().limits
         adapter.remove(model)
         return found
 

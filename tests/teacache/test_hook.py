@@ -28,7 +28,7 @@ from tests.teacache.skipped_steps import EXACT, GUIDED, SKIPPED, SKIPPING, STEPS
 
 from dittocache.errors import ModelError, StepCacheError
 from dittocache.families.qwen_image_transformer import QwenImageTransformerAdapter
-from dittocache.teacache import hook as hook_module
+from dittocache.teacache import gates
 from dittocache.teacache.adapter import TeaCacheAdapter
 from dittocache.teacache.config import TeaCacheConfig
 
@@ -118,7 +118,7 @@ def test_the_signal_is_that_of_the_noise_tokens(zero_cond_t: bool) -> None:
         whole = [adapter.extract_context(model, **edit.kwargs(latents[i], 1 - i / 8)) for i in range(2)]
         for i in range(2):
             model(**edit.kwargs(latents[i], 1 - i / 8))
-        distances.append(hook._shared_gate.decision.distance)
+        distances.append(next(iter(hook._runs.values())).gate._decisions[0].distance)
     before, after = (context.modulated_input for context in whole)
     noise = slice(edit.noise)
     expected = (after[:, noise] - before[:, noise]).abs().mean() / before[:, noise].abs().mean()
@@ -154,9 +154,9 @@ def test_guidance_may_be_dropped_and_taken_up_in_the_middle() -> None:
 
 
 def test_branches_share_one_decision_where_the_signal_ignores_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[float] = []
-    relative_l1 = hook_module.relative_l1
-    monkeypatch.setattr(hook_module, "relative_l1", lambda *pair: measured.append(relative_l1(*pair)) or measured[-1])
+    measured: list[list[float]] = []
+    relative_l1 = gates.relative_l1
+    monkeypatch.setattr(gates, "relative_l1", lambda *pair: measured.append(relative_l1(*pair)) or measured[-1])
     run(SKIPPING, GUIDED)
     assert len(measured) == STEPS - 3  # not the first and the last step, nor behind three skips
     contexts = [
@@ -177,8 +177,8 @@ def test_flux_decides_branch_by_branch() -> None:
             for branch, pooled in (("cond", 0.0), ("uncond", 5.0)):
                 with model.cache_context(branch):
                     model(**flux_kwargs(t, pooled))
-        gates = [hook._branches[branch].gate for branch in ("cond", "uncond")]
-    assert gates[0] is not gates[1]
+        found = [next(iter(hook._runs.values())).branches[branch].gate for branch in ("cond", "uncond")]
+    assert found[0] is not found[1]
 
 
 def flux_kwargs(t: float, pooled: float = 0.0) -> dict[str, Any]:

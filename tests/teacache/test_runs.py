@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from tests.denoising import EDIT, Edit, Pipeline, counted, equal, fail_in, qwen_transformer, velocities
-from tests.teacache.skipped_steps import GUIDED, SKIPPING, STEPS, run, teacache
+from diffusers.utils import set_weights_and_activate_adapters
+from peft import LoraConfig
+from tests.denoising import EDIT, Edit, Pipeline, counted, equal, fail_in, qwen_transformer, sigmas, velocities
+from tests.teacache.skipped_steps import GUIDED, SKIPPED, SKIPPING, STEPS, run, teacache
+
+from dittocache.families.run_clock import request
+from dittocache.referencekv.config import ReferenceKVConfig
+from dittocache.sampling.session import cached
+from dittocache.teacache.hook import HOOK_NAME
 
 
 def test_an_exception_in_the_middle_leaves_nothing_for_the_next_run() -> None:
@@ -84,3 +93,86 @@ def test_another_number_of_steps_is_read_from_the_scheduler() -> None:
                 latents = pipe.scheduler.step(output, t, latents)[0]
             patterns.append(pattern)
     assert patterns == ["c..c", "c...cc", "c.c"]
+
+
+def alone(edit: Edit) -> list[torch.Tensor]:
+    """What a fresh model gives for this edit."""
+    model = qwen_transformer()
+    with teacache(model, SKIPPING):
+        return taking_turns(model, [edit])[0]
+
+
+def taking_turns(model: Any, edits: list[Edit], names: list[str] | None = None) -> list[list[torch.Tensor]]:
+    """Runs that take turns on one transformer, each with prompt embeddings that it holds for all its steps."""
+    found: list[list[torch.Tensor]] = [[] for _ in edits]
+    latents = [edit.latents() for edit in edits]
+    texts = [edit.kwargs(latent, 1.0)["encoder_hidden_states"] for edit, latent in zip(edits, latents, strict=True)]
+    with torch.no_grad():
+        for t in sigmas(STEPS):
+            for number, edit in enumerate(edits):
+                kwargs = edit.kwargs(latents[number], t)
+                if names is None:
+                    kwargs["encoder_hidden_states"] = texts[number]
+                with request(names[number]) if names else nullcontext():
+                    velocity = model(**kwargs)[0][:, : edit.noise]
+                found[number].append(velocity)
+                latents[number] = latents[number] - velocity / STEPS
+    return found
+
+
+@pytest.mark.parametrize("names", [None, ["a", "b", "c"]])
+def test_requests_that_take_turns_keep_apart(names: list[str] | None) -> None:
+    edits = [EDIT, EDIT.with_seed(5), EDIT.with_seed(9)]
+    model = qwen_transformer()
+    with cached(model, SKIPPING) as trace:
+        together = taking_turns(model, edits, names)
+    assert trace.skipped == len(edits) * len(SKIPPED)
+    for edit, velocities_found in zip(edits, together, strict=True):
+        assert all(map(torch.equal, velocities_found, alone(edit)))
+
+
+def test_references_of_requests_that_take_turns_keep_apart() -> None:
+    edits = [EDIT, EDIT.with_seed(5)]
+    model = qwen_transformer()
+    with cached(model, None, ReferenceKVConfig(refresh=4)) as trace:
+        together = taking_turns(model, edits)
+    assert trace.references_reused == 2 * 6
+    for edit, velocities_found in zip(edits, together, strict=True):
+        fresh = qwen_transformer()
+        with cached(fresh, None, ReferenceKVConfig(refresh=4)):
+            assert all(map(torch.equal, velocities_found, taking_turns(fresh, [edit])[0]))
+
+
+def test_broken_off_requests_do_not_pile_up() -> None:
+    model = qwen_transformer()
+    held = []
+    with cached(model, SKIPPING), torch.no_grad():
+        adapter_hook = model._diffusers_hook.get_hook(HOOK_NAME)
+        for seed in range(20):
+            kwargs = EDIT.with_seed(seed).kwargs(EDIT.with_seed(seed).latents(), 1.0)
+            held.append(kwargs["encoder_hidden_states"])
+            model(**kwargs)
+        assert len(adapter_hook._runs) <= 8
+
+
+@pytest.mark.parametrize("change", ["another LoRA", "its scale", "switched off"])
+def test_a_change_of_the_lora_within_a_run_starts_anew(change: str) -> None:
+    model = qwen_transformer()
+    for name in ("one", "two"):
+        model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False), name)
+    model.set_adapter("one")
+    with cached(model, SKIPPING) as trace, torch.no_grad():
+        text = None
+        for step, t in enumerate(sigmas(STEPS)):
+            if step == 2:
+                if change == "another LoRA":
+                    model.set_adapter("two")
+                elif change == "its scale":
+                    set_weights_and_activate_adapters(model, ["one"], [0.5])
+                else:
+                    model.disable_adapters()
+            kwargs = EDIT.kwargs(EDIT.latents(), t)
+            text = kwargs["encoder_hidden_states"] if text is None else text
+            model(**{**kwargs, "encoder_hidden_states": text})
+    assert [record.decision for record in trace.steps[:4]] == ["computed", "skipped", "computed", "skipped"]
+    assert [record.run for record in trace.steps[:4]] == [1, 1, 2, 2]

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from dittocache import __version__
 from dittocache.cli.cache import cache_app, plan
+from dittocache.cli.quality import add_quality_commands
 from dittocache.cli.shared import (
     ConfigFile,
     DataPath,
@@ -60,6 +61,7 @@ def demo(*settings: Overrides) -> None:
 
 app.command(cache_app)
 app.command(plan, help_epilogue=settings_help())
+add_quality_commands(app)
 
 
 @app.command(help_epilogue=settings_help())

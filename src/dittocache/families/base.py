@@ -1,9 +1,10 @@
 """What a model family must say, so that no other room has to know a model.
 
 A family has two sides. The *encoding side* (`Family`) says which tensors a training sample needs, what
-determines them, and how the diffusers pipeline computes them. The *transformer side*
-(`TransformerAdapter`) says how the denoiser is laid out for the two sampling caches: where its blocks are,
-what TeaCache compares, which tokens are references and how their keys and values come about.
+determines them, and how the diffusers pipeline computes them. The *transformer side* says how the denoiser is
+laid out for the two sampling caches: `StepAdapter` what the step cache must know (where the blocks are, what is
+compared, which tokens are noise), `TransformerAdapter` besides how keys and values of reference tokens come about.
+A model that is only sampled from has a `StepAdapter` and no encoding side.
 
 Shapes: B batch, N noise tokens, R reference tokens, T text tokens, D width, C latent channels after
 packing (64), H heads, d head width.
@@ -198,6 +199,9 @@ class CacheContext:
         for name in ("run_transformer_blocks", "postprocess"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"CacheContext.{name} must be callable, found {type(getattr(self, name)).__name__}")
+        for name in ("modulated_input", "hidden_states"):
+            if getattr(self, name).ndim == 0:
+                raise ValueError(f"CacheContext.{name} must have a batch dimension, found shape ()")
         batches = {self.modulated_input.shape[0], self.hidden_states.shape[0]}
         if len(batches) != 1:
             raise ValueError(
@@ -206,16 +210,26 @@ class CacheContext:
             )
 
 
+MODULATED_INPUT = "modulated input of the first block"
+
+
 @dataclass(frozen=True)
 class Polynomial:
     """Rescaling polynomial of TeaCache, highest power first, and where it may be trusted.
 
-    `fitted_range` is the range of distances it was fitted on; beyond it the step is computed.
+    Attributes:
+        coefficients: of any degree.
+        fitted_range: distances it was fitted on; beyond it the step is computed.
+        source: who published it, and for which model.
+        threshold: the one published with it.
+        signal: whose distance it rescales; it is worthless for any other.
     """
 
     coefficients: tuple[float, ...]
     fitted_range: tuple[float, float] | None = None
     source: str = ""
+    threshold: float | None = None
+    signal: str = MODULATED_INPUT
 
 
 @dataclass(frozen=True)
@@ -240,24 +254,24 @@ class JointQKV:
     prefix: int
 
 
-class TransformerAdapter(Protocol):
-    """The transformer side of a model family: what the two sampling caches must know.
+class StepAdapter(Protocol):
+    """What a step cache must know of a denoiser.
 
     Attributes:
         class_name: the diffusers transformer class, `QwenImageTransformer2DModel`.
         pipeline_class_names: the diffusers pipelines that it is the denoiser of: the spec's `model_type`s.
-        attention_processor_class_names: the processors whose arithmetic `joint_qkv` and `project_attention` follow.
-        attention_kwargs_name: the forward's argument that its blocks pass on to the attention processors.
         polynomial: default TeaCache coefficients.
+        polynomials: those of pipelines that have their own, by class name.
         signal_ignores_text: True where block 0's modulated input is the same for all CFG branches.
+        no_reference_cache: why there is no reference KV cache for it, as a sentence; empty where there is.
     """
 
     class_name: str
     pipeline_class_names: tuple[str, ...]
-    attention_processor_class_names: tuple[str, ...]
-    attention_kwargs_name: str
     polynomial: Polynomial
+    polynomials: Mapping[str, Polynomial]
     signal_ignores_text: bool
+    no_reference_cache: str
 
     def extract_context(self, module: nn.Module, **forward_kwargs: Any) -> CacheContext:
         """Preprocess one forward pass and say what to compare, how to run the blocks and how to finish.
@@ -268,20 +282,59 @@ class TransformerAdapter(Protocol):
         ...
 
     def token_layout(self, module: nn.Module, forward_kwargs: Mapping[str, Any]) -> TokenLayout:
-        """Noise and reference tokens of this forward pass; reads the device at most once a run."""
+        """Noise and reference tokens of this forward pass, the same at all steps of a run.
+
+        Reads the device at most once a run.
+        """
+        ...
+
+    def run_arguments(self, forward_kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What runs are told apart by, under the names of most models.
+
+        `hidden_states` `(B, ...)`, `timestep` that falls from 1 to 0, and `encoder_hidden_states`.
+        """
+        ...
+
+    def must_run(self, forward_kwargs: Mapping[str, Any]) -> bool:
+        """Whether later steps depend on this one having run, such as one that fills a cache of the model's own."""
         ...
 
     def blocks(self, module: nn.Module) -> Sequence[nn.Module]:
-        """Every transformer block in the order of execution; the first takes the stack's input as `hidden_states`."""
+        """Every transformer block in the order of execution; the first takes the stack's input first."""
         ...
 
     def final_norm(self, module: nn.Module) -> nn.Module:
         """The module whose first positional input is the output of the block stack."""
         ...
 
-    def noise_only(self, forward_kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
-        """The same forward pass without reference tokens; positions stay those of the full sequence."""
+    def noise_tokens(
+        self, stream: torch.Tensor, layout: TokenLayout, forward_kwargs: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """The noise's part of the image stream before or behind the blocks, or of the model's output."""
         ...
+
+    def noise_only(self, forward_kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
+        """The same forward pass without reference tokens; positions stay those of the full sequence.
+
+        Unchanged where `extract_context` passes references by of itself.
+        """
+        ...
+
+    def rows(self, forward_kwargs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any] | None:
+        """The same forward pass for some samples of the batch, in this order; None where it cannot be divided."""
+        ...
+
+
+class TransformerAdapter(StepAdapter, Protocol):
+    """What both sampling caches must know of a denoiser: that of a model family.
+
+    Attributes:
+        attention_processor_class_names: the processors whose arithmetic `joint_qkv` and `project_attention` follow.
+        attention_kwargs_name: the forward's argument that its blocks pass on to the attention processors.
+    """
+
+    attention_processor_class_names: tuple[str, ...]
+    attention_kwargs_name: str
 
     def noise_only_block(self, block_kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
         """Keyword arguments of one block with what the forward made beside the tokens cut to the noise."""

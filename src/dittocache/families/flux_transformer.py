@@ -14,11 +14,14 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dittocache.families.base import CacheContext, JointQKV, Polynomial, TokenLayout
+from dittocache.families.batch_rows import batch_rows
 from dittocache.families.denoiser import is_isolated
 from dittocache.families.lora_scale import lora_scaled, without_scale
+from dittocache.families.polynomials import PUBLISHED
+from dittocache.families.usual_forward import UsualForward
 
 
-class FluxTransformerAdapter:
+class FluxTransformerAdapter(UsualForward):
     """`FluxTransformer2DModel`: dual-stream blocks, then single-stream blocks; Kontext's references are known by id."""
 
     class_name = "FluxTransformer2DModel"
@@ -33,10 +36,11 @@ class FluxTransformerAdapter:
     )
     attention_processor_class_names: tuple[str, ...] = ("FluxAttnProcessor",)
     attention_kwargs_name = "joint_attention_kwargs"
-    polynomial = Polynomial(
-        coefficients=(498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),
-        source="TeaCache's authors, for FLUX.1",
-    )
+    polynomial = PUBLISHED["flux"]
+    polynomials: Mapping[str, Polynomial] = {
+        "FluxKontextPipeline": PUBLISHED["flux-kontext"],
+        "FluxKontextInpaintPipeline": PUBLISHED["flux-kontext"],
+    }
     signal_ignores_text = False  # the pooled prompt is part of temb
 
     def __init__(self) -> None:
@@ -75,6 +79,12 @@ class FluxTransformerAdapter:
             if kwargs.get(name) is not None:
                 kwargs[name] = [residual[:, : layout.noise] for residual in kwargs[name]]
         return kwargs
+
+    def rows(self, forward_kwargs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any] | None:
+        """Every tensor has a row for each sample but the ids, which all samples share."""
+        if (forward_kwargs.get("joint_attention_kwargs") or {}).keys() - {"scale"}:
+            return None  # an image prompt adapter's own tensors
+        return batch_rows(forward_kwargs, rows, (), whole=("img_ids", "txt_ids", "joint_attention_kwargs"))
 
     def noise_only_block(self, block_kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
         """The RoPE frequencies of text and noise; nothing is cut where the ids were cut before."""

@@ -12,19 +12,15 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from dittocache.families.base import CacheContext, JointQKV, Polynomial, TokenLayout
+from dittocache.families.base import CacheContext, JointQKV, TokenLayout
+from dittocache.families.batch_rows import batch_rows
 from dittocache.families.denoiser import is_isolated
 from dittocache.families.lora_scale import lora_scaled, without_scale
-
-SPEC_POLYNOMIAL = Polynomial(
-    coefficients=(-4.5e02, 2.8e02, -4.5e01, 3.2e00, -2.0e-02),
-    # Tuned by hand. It rises up to here, falls beyond and is negative from 0.426 on, where it would skip for ever.
-    fitted_range=(0.0, 0.33),
-    source="vLLM-Omni's default for QwenImagePipeline",
-)
+from dittocache.families.polynomials import PUBLISHED
+from dittocache.families.usual_forward import UsualForward
 
 
-class QwenImageTransformerAdapter:
+class QwenImageTransformerAdapter(UsualForward):
     """`QwenImageTransformer2DModel`, with live t (Edit, 2509) and with `zero_cond_t` (2511)."""
 
     class_name = "QwenImageTransformer2DModel"
@@ -41,7 +37,7 @@ class QwenImageTransformerAdapter:
     )
     attention_processor_class_names: tuple[str, ...] = ("QwenDoubleStreamAttnProcessor2_0",)
     attention_kwargs_name = "attention_kwargs"
-    polynomial = SPEC_POLYNOMIAL
+    polynomial = PUBLISHED["qwen-image-spec"]
     signal_ignores_text = True
 
     def extract_context(self, module: nn.Module, **forward_kwargs: Any) -> CacheContext:
@@ -77,6 +73,10 @@ class QwenImageTransformerAdapter:
         if residuals is not None:
             kwargs["controlnet_block_samples"] = [residual[:, : layout.noise] for residual in residuals]
         return kwargs
+
+    def rows(self, forward_kwargs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any] | None:
+        """Every tensor has a row for each sample, `img_shapes` and `txt_seq_lens` an entry."""
+        return batch_rows(forward_kwargs, rows, ("img_shapes", "txt_seq_lens"), whole=("attention_kwargs",))
 
     def noise_only_block(self, block_kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
         """Cut `modulate_index` `(B, N + R)` and the image half of the RoPE frequencies."""

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
 from torch import nn
 
 from dittocache.errors import ModelError
-from dittocache.families.base import Family, TransformerAdapter
+from dittocache.families.base import Family, StepAdapter, TransformerAdapter
 from dittocache.families.flux import Flux
+from dittocache.families.flux2_transformer import Flux2TransformerAdapter
 from dittocache.families.flux_kontext import FluxKontext
 from dittocache.families.loading import model_index
 from dittocache.families.qwen_image import QwenImage
+from dittocache.families.qwen_image21_transformer import QwenImage21TransformerAdapter
 from dittocache.families.qwen_image_edit import QwenImageEdit
 from dittocache.families.qwen_image_edit_plus import QwenImageEditPlus
+from dittocache.families.z_image_transformer import ZImageTransformerAdapter
 
 _families: tuple[Family, ...] = (
     QwenImage(),
@@ -26,6 +29,7 @@ _families: tuple[Family, ...] = (
     Flux(name="flux-schnell", guidance=False),
     FluxKontext(),
 )
+_sampled_only = (QwenImage21TransformerAdapter(), Flux2TransformerAdapter(), ZImageTransformerAdapter())
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for family in _families})
 
 
@@ -57,12 +61,32 @@ def family_of_model(model: str | Path) -> Family:
     return get_family("flux" if guided else "flux-schnell")
 
 
+def step_adapters() -> Sequence[StepAdapter]:
+    """What the step cache knows of every denoiser: those of the families, and those that are only sampled from."""
+    families = {family.transformer.class_name: family.transformer for family in FAMILIES.values()}
+    return [*families.values(), *_sampled_only]
+
+
+def step_adapter_of(module: nn.Module) -> StepAdapter | None:
+    """What the step cache knows of a denoiser, by its class or a base class; None for an unknown one."""
+    adapters = {adapter.class_name: adapter for adapter in step_adapters()}
+    return next((adapters[base.__name__] for base in type(module).__mro__ if base.__name__ in adapters), None)
+
+
 def adapter_of(module: nn.Module) -> TransformerAdapter:
-    """The transformer side for a denoiser, by its class or a base class; raises ModelError for an unknown one."""
+    """The transformer side of the family of a denoiser, by its class or a base class.
+
+    Raises ModelError for an unknown one, and for one whose references cannot be told to the reference KV cache.
+    """
     names = [base.__name__ for base in type(module).__mro__]
     adapters = {family.transformer.class_name: family.transformer for family in FAMILIES.values()}
     for name in names:
         if name in adapters:
             return adapters[name]
     supported = ", ".join(adapters)
+    if (sampled := step_adapter_of(module)) is not None:
+        raise ModelError(
+            f"there is no reference KV cache for {type(module).__name__}: {sampled.no_reference_cache}. The step cache "
+            f"works; transformers with both are {supported}"
+        )
     raise ModelError(f"no family knows the transformer {type(module).__name__}; supported are {supported}")

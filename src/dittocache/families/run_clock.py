@@ -8,18 +8,39 @@ price of one read from the device a call.
 from __future__ import annotations
 
 import inspect
+import math
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from diffusers.hooks.hooks import StateManager
 from torch import nn
 
-from dittocache.families.base import TokenLayout, TransformerAdapter
+from dittocache.families.active_adapters import adapters_of
+from dittocache.families.base import StepAdapter, TokenLayout
 
 DEFAULT_BRANCH = "default"
+_WAITING = 7  # runs beside the one whose turn it is; a broken-off run whose prompt somebody holds never ends by itself
+
+_request: ContextVar[str | None] = ContextVar("dittocache_request", default=None)
+
+
+@contextmanager
+def request(name: str) -> Iterator[None]:
+    """Calls of a transformer within belong to the request `name`.
+
+    Runs that take turns on one transformer keep apart by themselves where each passes the same prompt embeddings at
+    every step, as pipelines do. A loop that makes them anew at every step says with this which request it works for.
+    """
+    token = _request.set(name)
+    try:
+        yield
+    finally:
+        _request.reset(token)
 
 
 class BranchListener(StateManager):  # type: ignore[misc]  # diffusers counts as Any
@@ -48,6 +69,7 @@ class DenoisingCall:
         cause: why it was computed or skipped, in words.
         distance: relative L1 distance to the step before, where it was measured.
         references: `computed` or `reused`, where the reference cache is on.
+        rows, rows_computed: samples in the batch, and those of them that were computed.
     """
 
     run: int
@@ -59,6 +81,46 @@ class DenoisingCall:
     cause: str = ""
     distance: float | None = None
     references: str | None = None
+    rows: int = 1
+    rows_computed: int = 1
+
+
+@dataclass
+class _Place:
+    """How far one denoising run is. Several may be under way on one transformer and take turns."""
+
+    request: str | None
+    fresh: bool = True
+    run: int = 0
+    signature: object = None
+    timestep: Any = None
+    marker: object = None
+    index: int = 0
+    first_index: int = 0
+    step: int = 0
+    steps: int | None = None
+    seen: list[str] = field(default_factory=list)
+    scheduler_idle: bool = False
+    levels_by_hand: tuple[float, float] = (math.nan, math.nan)
+    texts: dict[str | None, weakref.ref[Any]] = field(default_factory=dict)  # prompt embeddings by announced branch
+
+    def is_of(self, name: str | None, text: Any) -> bool:
+        """Whether these very prompt embeddings were passed before in this run."""
+        known = self.texts.get(name)
+        return text is not None and known is not None and known() is text
+
+    def is_of_another(self, name: str | None, text: Any) -> bool:
+        """Whether this run got other prompt embeddings, which are still held: it may go on with them."""
+        known = self.texts.get(name)
+        before = None if known is None else known()
+        return before is not None and before is not text
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether another call may come: steps are left, and it has a name or its prompt embeddings are held."""
+        ended = self.steps is not None and self.step >= self.steps - 1
+        held = self.request is not None or any(text() is not None for text in self.texts.values())
+        return held and not self.fresh and not ended
 
 
 class RunClock:
@@ -71,14 +133,17 @@ class RunClock:
     """
 
     def __init__(
-        self, adapter: TransformerAdapter | None = None, scheduler: Any = None, num_inference_steps: int | None = None
+        self, adapter: StepAdapter | None = None, scheduler: Any = None, num_inference_steps: int | None = None
     ) -> None:
         self._adapter = adapter
         self._scheduler = scheduler
         self._steps = num_inference_steps
         self._current: DenoisingCall | None = None
-        self._run = 0
-        self._forget()
+        self._runs = 0
+        self._read: object = None
+        self._levels: list[float] = []
+        self._places: list[_Place] = []  # of runs that wait for their turn
+        self._at = _Place(None)
 
     @contextmanager
     def call(self, module: nn.Module, announced: Any, forward_kwargs: Mapping[str, Any]) -> Iterator[DenoisingCall]:
@@ -90,59 +155,99 @@ class RunClock:
         try:
             yield self._current
         except BaseException:
-            self.end_run()
+            self._places = [place for place in self._places if place is not self._at]
+            self._at = _Place(self._at.request)
             raise
         finally:
             self._current = None
 
     def end_run(self) -> None:
         """The next call begins a new run, whatever its timestep."""
-        self._forget()
+        self._places, self._at = [], _Place(None)
 
-    def _forget(self) -> None:
-        self._fresh = True
-        self._signature: object = None
-        self._timestep: Any = None
-        self._marker: object = None
-        self._index = 0
-        self._first_index = 0
-        self._step = 0
-        self._seen: list[str] = []
-        self._scheduler_idle = False
+    @property
+    def runs_under_way(self) -> frozenset[int]:
+        """The runs of which another call may come; the state of others is worthless."""
+        return frozenset({self._at.run, *(place.run for place in self._places)})
+
+    def sigmas(self) -> tuple[float, float]:
+        """Noise level of the call that is going on, and the one that the solver goes on to; timesteps in [0, 1].
+
+        From the scheduler's timesteps, read once a run. Of a transformer called by hand only the first is known; the
+        next one is taken to be as far away as the one before.
+        """
+        at = self._at
+        timesteps: Any = getattr(self._scheduler, "timesteps", None)
+        if timesteps is not None and timesteps is at.marker and not at.scheduler_idle:
+            if self._read is not timesteps:
+                longest = self._scheduler.config.num_train_timesteps
+                levels = (cast(torch.Tensor, timesteps) / longest).tolist()
+                self._read, self._levels = timesteps, [*levels, 0.0]
+            return self._levels[at.index], self._levels[at.index + 1]
+        now = _value(at.timestep)
+        if now != at.levels_by_hand[0]:
+            at.levels_by_hand = (now, at.levels_by_hand[0] if at.step else now)
+        return now, max(0.0, 2 * now - at.levels_by_hand[1])
 
     def _locate(self, module: nn.Module, announced: Any, forward_kwargs: Mapping[str, Any]) -> DenoisingCall:
-        layout = None if self._adapter is None else self._adapter.token_layout(module, forward_kwargs)
+        layout = None
+        if self._adapter is not None:
+            layout = self._adapter.token_layout(module, forward_kwargs)
+            forward_kwargs = self._adapter.run_arguments(forward_kwargs)
         hidden_states = forward_kwargs.get("hidden_states")
-        signature: object = layout
+        signature: object = (layout, adapters_of(module))
         if isinstance(hidden_states, torch.Tensor):
-            signature = (hidden_states.shape, hidden_states.dtype, hidden_states.device, layout)
+            # References may be left out of later steps; the layout counts them all the same.
+            shape = hidden_states.shape if layout is None else (hidden_states.shape[0], *hidden_states.shape[2:])
+            signature = (shape, hidden_states.dtype, hidden_states.device, signature)
         name = None if announced is None else announced.name
-        timestep = forward_kwargs.get("timestep")
-        changed = self._fresh or signature != self._signature
+        timestep, text = forward_kwargs.get("timestep"), forward_kwargs.get("encoder_hidden_states")
+        self._turn_to(name, text)
+        new_run, sibling = self._advance(name, timestep, signature, announced)
+        at = self._at
+        if new_run:
+            self._runs += 1
+            at.run, at.seen, at.fresh, at.texts = self._runs, [], False, {}
+        branch = name or (f"call {len(at.seen) + 1}" if sibling and at.seen else DEFAULT_BRANCH)
+        at.seen.append(branch)
+        at.signature, at.timestep = signature, timestep
+        if isinstance(text, torch.Tensor):
+            at.texts[name] = weakref.ref(text)
+        return DenoisingCall(at.run, branch, at.step, at.steps, layout)
+
+    def _turn_to(self, name: str | None, text: Any) -> None:
+        """Find the run that this call belongs to: by the request that was named, else by its prompt embeddings."""
+        wanted = _request.get()
+        under_way = [place for place in (self._at, *self._places) if place is self._at or place.can_go_on]
+        mine = [place for place in under_way if place.request == wanted]
+        found = next((place for place in mine if place.is_of(name, text)), mine[0] if mine else _Place(wanted))
+        # A pipeline that names no branch passes other embeddings for each of them.
+        told_apart = wanted is None and (name is not None or self._scheduler is None)
+        if told_apart and found.is_of_another(name, text):
+            found = _Place(None)
+        others = [place for place in under_way if place is not found and place.can_go_on]
+        self._at, self._places = found, others[:_WAITING]
+
+    def _advance(self, name: str | None, timestep: Any, signature: object, announced: Any) -> tuple[bool, bool]:
+        """Move the place by one call: (a new run?, an unnamed branch beside others of this step?)."""
+        changed = self._at.fresh or signature != self._at.signature
         place = self._place(announced)
         if place is None:
-            new_run, sibling, steps = self._by_timestep(name, timestep, changed)
+            new_run, sibling, self._at.steps = self._by_timestep(name, timestep, changed)
         else:
-            new_run, sibling, steps = self._by_index(name, timestep, changed, *place)
-        if new_run:
-            self._run += 1
-            self._seen = []
-            self._fresh = False
-        branch = name or (f"call {len(self._seen) + 1}" if sibling and self._seen else DEFAULT_BRANCH)
-        self._seen.append(branch)
-        self._signature = signature
-        self._timestep = timestep
-        return DenoisingCall(self._run, branch, self._step, steps, layout)
+            new_run, sibling, self._at.steps = self._by_index(name, timestep, changed, *place)
+        return new_run, sibling
 
     def _place(self, announced: Any) -> tuple[object, int, int | None] | None:
         """(what stays the same within a run, index of the step, number of steps), where someone says so."""
         if announced is not None and announced.step_index is not None:
             return None, int(announced.step_index), announced.num_inference_steps or self._steps
+        at = self._at
         index = getattr(self._scheduler, "step_index", None)
         timesteps = getattr(self._scheduler, "timesteps", None)
         if timesteps is None or not hasattr(self._scheduler, "step_index"):
             return None
-        if timesteps is self._marker and self._scheduler_idle:
+        if timesteps is at.marker and at.scheduler_idle:
             return None
         if index is None:  # before the first step of a run
             index = getattr(self._scheduler, "begin_index", None) or 0
@@ -153,37 +258,39 @@ class RunClock:
         self, name: str | None, timestep: Any, changed: bool, marker: object, index: int, steps: int | None
     ) -> tuple[bool, bool, int | None]:
         """(a new run?, an unnamed branch beside others of this step?, number of steps) from the announced index."""
-        again = index == self._index and (name in self._seen if name else bool(self._seen))
-        new_run = changed or marker is not self._marker or index < self._index
+        at = self._at
+        again = index == at.index and (name in at.seen if name else bool(at.seen))
+        new_run = changed or marker is not at.marker or index < at.index
         if not new_run and again:
-            if marker is not None and _value(timestep) != _value(self._timestep):
+            if marker is not None and _value(timestep) != _value(at.timestep):
                 # The transformer is called by hand: its timestep moves, the pipeline's scheduler does not.
-                self._scheduler_idle = True
+                at.scheduler_idle = True
                 return self._by_timestep(name, timestep, changed)
             new_run = name is not None  # the same place and branch once more: an interrupted run starts again
         if new_run:
-            self._first_index = index
-        if new_run or index != self._index:
-            self._seen = []
-        self._marker, self._index, self._scheduler_idle = marker, index, False
-        self._step = index - self._first_index
-        return new_run, name is None, None if steps is None else steps - self._first_index
+            at.first_index = index
+        if new_run or index != at.index:
+            at.seen = []
+        at.marker, at.index, at.scheduler_idle = marker, index, False
+        at.step = index - at.first_index
+        return new_run, name is None, None if steps is None else steps - at.first_index
 
     def _by_timestep(self, name: str | None, timestep: Any, changed: bool) -> tuple[bool, bool, int | None]:
         """The same from timesteps, which fall from step to step within a run."""
+        at = self._at
         now = _value(timestep)
-        before = now if changed else _value(self._timestep)
-        again = name in self._seen if name else bool(self._seen)
+        before = now if changed else _value(at.timestep)
+        again = name in at.seen if name else bool(at.seen)
         # Pipelines that name no branch (FluxKontextPipeline) call once a branch at every timestep. By hand an unnamed
         # second call at the same timestep is a restart: taking it for a branch could reuse state of another picture.
         sibling = name is None and self._scheduler is not None and now == before
         new_run = changed or now > before or (now == before and again and not sibling)
         if not new_run and now < before:
-            self._step += 1
-            self._seen = []
-            new_run = self._steps is not None and self._step >= self._steps
+            at.step += 1
+            at.seen = []
+            new_run = self._steps is not None and at.step >= self._steps
         if new_run:
-            self._step = 0
+            at.step = 0
         return new_run, sibling, self._steps
 
 

@@ -4,6 +4,7 @@
     RUN/events.jsonl   what happened, event by event   RUN/checkpoints/  of an unfinished or finished training
     RUN/log.txt        output of the stages            RUN/samples/      pictures made
     RUN/manifest.json  what is trained on              RUN/report.html   the report
+    RUN/profile.json   calibrated, tuned settings      RUN/tuning/       what was measured for them
     RUN/lock           held while a process works here
     RUN/cached.txt     keys of the records that this run encoded, where they are to be removed after training
     RUN/workers/       a folder like this one, with config and events, for each further process that encodes
@@ -34,6 +35,7 @@ LORA_NAME = "lora"
 CHECKPOINTS_NAME = "checkpoints"
 SAMPLES_NAME = "samples"
 REPORT_NAME = "report.html"
+PROFILE_NAME = "profile.json"
 CACHED_NAME = "cached.txt"
 WORKERS_NAME = "workers"
 WORKFLOW = "workflow"  # stage name of the events that belong to no single stage

@@ -48,7 +48,6 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
         self._config = config
         self._adapter = adapter
         self._clock = clock
-        self._run = 0
         self._kept = RunKV(0)
         self._filling: BranchKV | None = None
         self._reading: BranchKV | None = None
@@ -85,7 +84,7 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
 
     def deinitalize_hook(self, module: nn.Module) -> nn.Module:
         """Called by diffusers (which spells it so) when the hook is removed: puts the processors back."""
-        self._forget()
+        self._kept.clear()
         for handle in self._handles:
             handle.remove()
         for attention, stand_in in self._attention:
@@ -96,7 +95,7 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Forget everything; called by diffusers at the end of a pipeline's call."""
-        self._forget()
+        self._kept.clear()
         self._clock.end_run()
         return module
 
@@ -110,16 +109,16 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
                     f"this run of {type(module).__name__} has no reference tokens: {layout.noise} image tokens, all "
                     "of them noise. The reference KV cache is for edits of pictures; leave it off here"
                 )
-            if call.run != self._run:
-                self._kept.clear()
-                self._run = call.run
+            if not self._kept.knows(call.run):
+                self._kept.clear(but=self._clock.runs_under_way)
             try:
-                branch = self._kept.branch(call.branch)
+                branch = self._kept.branch(call.run, call.branch)
                 full = refresh_now(self._config.refresh, branch.reused)
                 call.references = "computed" if full else "reused"
                 return (self._full if full else self._cached)(branch, forward_kwargs, layout)
             except BaseException:
-                self._forget()  # slots that are half filled, or filled by a step that failed later
+                # Slots that are half filled, or filled by a step that failed later.
+                self._kept.clear(but=self._clock.runs_under_way - {call.run})
                 raise
 
     def _full(self, branch: BranchKV, forward_kwargs: dict[str, Any], layout: TokenLayout) -> Any:
@@ -181,10 +180,6 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
                 "reference KV cache is for sampling: run it under torch.no_grad()"
             )
         return args, self._adapter.noise_only_block(kwargs, self._layout)
-
-    def _forget(self) -> None:
-        self._kept.clear()
-        self._run = 0
 
 
 def apply_reference_kv(target: Any, config: ReferenceKVConfig, clock: RunClock | None = None) -> ReferenceKVHook:

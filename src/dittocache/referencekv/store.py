@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 
@@ -39,19 +41,23 @@ class BranchKV:
 
 
 class RunKV:
-    """All branches of one run."""
+    """All branches of the runs that are under way."""
 
     def __init__(self, blocks: int) -> None:
         self._blocks = blocks
-        self._branches: dict[str, BranchKV] = {}
+        self._branches: dict[tuple[int, str], BranchKV] = {}
 
-    def branch(self, name: str) -> BranchKV:
-        """The branch of this name, empty at first."""
-        return self._branches.setdefault(name, BranchKV(self._blocks))
+    def branch(self, run: int, name: str) -> BranchKV:
+        """The branch of this run and name, empty at first."""
+        return self._branches.setdefault((run, name), BranchKV(self._blocks))
 
-    def clear(self) -> None:
-        """Free everything."""
-        self._branches = {}
+    def knows(self, run: int) -> bool:
+        """Whether something of this run is kept."""
+        return any(known == run for known, _ in self._branches)
+
+    def clear(self, but: Collection[int] = ()) -> None:
+        """Free everything, or all but what belongs to some runs."""
+        self._branches = {key: branch for key, branch in self._branches.items() if key[0] in but}
 
     @property
     def bytes_held(self) -> int:

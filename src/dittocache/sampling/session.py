@@ -12,10 +12,9 @@ import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
 from torch import nn
 
-from dittocache.errors import ModelError, StepCacheError
-from dittocache.families.base import TransformerAdapter
+from dittocache.errors import StepCacheError
 from dittocache.families.denoiser import find_denoiser, installed_hook, remove_hook
-from dittocache.families.registry import adapter_of
+from dittocache.families.registry import step_adapter_of
 from dittocache.families.run_clock import BranchListener, DenoisingCall, RunClock, bind_forward
 from dittocache.referencekv.config import ReferenceKVConfig
 from dittocache.referencekv.hook import HOOK_NAME as REFERENCE_KV_HOOK
@@ -40,8 +39,9 @@ def cached(
     """Caches on `target` within the `with` block; yields the trace of their decisions.
 
     With both, TeaCache decides first: a skipped step touches no keys and values, and refreshes count computed steps.
-    State belongs to one run of one CFG branch. On exit, also by an exception, hooks are removed, the attention
-    processors are the ones of before and all memory is free. Without caches the trace holds the times alone.
+    A batch is then decided on as one. State belongs to one run of one CFG branch. On exit, also by an exception, hooks
+    are removed, the attention processors are the ones of before and all memory is free. Without caches the trace holds
+    the times alone.
 
     Args:
         target: a diffusers pipeline with a transformer, or the transformer. A bare transformer returns noise tokens
@@ -61,7 +61,7 @@ def cached(
         )
     trace = Trace()
     steps = None if teacache is None else teacache.num_inference_steps
-    clock = RunClock(_adapter(module), denoiser.scheduler, steps)
+    clock = RunClock(step_adapter_of(module), denoiser.scheduler, steps)
 
     def note(remark: str) -> None:
         trace.notes.append(remark)
@@ -73,6 +73,8 @@ def cached(
             caches.append(apply_reference_kv(target, reference_kv, clock))
             undo.callback(remove_reference_kv, target)
         if teacache is not None:  # registered later, so it stands around the reference cache
+            if reference_kv is not None:  # keys and values are kept for the batch as a whole
+                teacache = teacache.model_copy(update={"per_sample": False})
             adapter = TeaCacheAdapter(teacache)
             caches.append(adapter.apply(target, clock, note))
             undo.callback(adapter.remove, target)
@@ -115,6 +117,7 @@ class _Recorder(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
             record, output = self._timed(call, forward_kwargs)
             record.decision = "computed" if call.computed else "skipped"
             record.cause, record.distance, record.references = call.cause, call.distance, call.references
+            record.rows, record.rows_computed = call.rows, call.rows_computed
             self._trace.steps.append(record)
             self._trace.bytes_held = max(self._trace.bytes_held, sum(cache.bytes_held for cache in self._caches))
             return output
@@ -122,8 +125,7 @@ class _Recorder(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
     def _timed(self, call: DenoisingCall, forward_kwargs: dict[str, Any]) -> tuple[StepRecord, Any]:
         record = StepRecord(call.run, call.step, call.branch, "", "", None, None, 0.0)
         forward = self.fn_ref.original_forward
-        hidden_states = forward_kwargs.get("hidden_states")
-        if isinstance(hidden_states, torch.Tensor) and hidden_states.is_cuda:
+        if any(isinstance(value, torch.Tensor) and value.is_cuda for value in forward_kwargs.values()):
             # The host only queues work: the device's own clock counts.
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
@@ -135,11 +137,3 @@ class _Recorder(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
         output = forward(**forward_kwargs)
         record.seconds = time.perf_counter() - began
         return record, output
-
-
-def _adapter(module: nn.Module) -> TransformerAdapter | None:
-    """None for a model that no family knows: a user's extractor may still."""
-    try:
-        return adapter_of(module)
-    except ModelError:
-        return None

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dittocache.errors import StepCacheError
+
 
 @dataclass
 class StepRecord:
@@ -20,6 +22,7 @@ class StepRecord:
         distance: relative L1 distance to the step before, where it was measured.
         references: `computed` or `reused` where the reference KV cache ran, else None.
         seconds: wall time of the call on a CPU, time on the device on CUDA.
+        rows, rows_computed: samples in the batch, and those of them that were computed.
     """
 
     run: int
@@ -30,6 +33,8 @@ class StepRecord:
     distance: float | None
     references: str | None
     seconds: float
+    rows: int = 1
+    rows_computed: int = 1
 
 
 class Trace:
@@ -62,6 +67,17 @@ class Trace:
         """Time within the transformer."""
         return sum(step.seconds for step in self.steps)
 
+    def schedule(self, run: int | None = None) -> tuple[int, ...]:
+        """Steps of a run in which any branch was computed, for `TeaCacheConfig(gate="schedule", schedule=...)`.
+
+        The last run when left out; raises StepCacheError where the transformer was not called.
+        """
+        number = max((step.run for step in self.steps), default=0) if run is None else run
+        found = sorted({step.step for step in self.steps if step.run == number and step.decision == "computed"})
+        if not found:
+            raise StepCacheError(f"the trace has no computed step of run {number}; call the pipeline in the session")
+        return tuple(found)
+
     def summary(self) -> str:
         """The session in words, one line a run and branch."""
         lines = []
@@ -85,12 +101,19 @@ class Trace:
 
 
 def _describe(steps: Sequence[StepRecord]) -> str:
-    """`c` a computed step, `r` one with kept references, `.` a skipped one."""
-    marks = {"skipped": "."}
-    pattern = "".join(marks.get(step.decision, "r" if step.references == "reused" else "c") for step in steps)
+    """`c` a computed step, `p` one of a part of the batch, `r` one with kept references, `.` a skipped one."""
+    pattern = "".join(_mark(step) for step in steps)
     skipped = pattern.count(".")
     reused = pattern.count("r")
     words = [f"{len(steps)} steps", f"{len(steps) - skipped} computed", f"{skipped} skipped"]
     if reused:
         words.append(f"{reused} with kept references")
     return f"{', '.join(words)}, {sum(step.seconds for step in steps):.2f} s  [{pattern}]"
+
+
+def _mark(step: StepRecord) -> str:
+    if step.decision == "skipped":
+        return "."
+    if step.references == "reused":
+        return "r"
+    return "p" if step.rows_computed < step.rows else "c"

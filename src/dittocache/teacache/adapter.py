@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from diffusers.hooks.hooks import HookRegistry
 
 from dittocache.errors import StepCacheError
-from dittocache.families.base import Polynomial, TransformerAdapter
+from dittocache.families.base import StepAdapter
 from dittocache.families.denoiser import Denoiser, find_denoiser, installed_hook, remove_hook
+from dittocache.families.polynomials import range_of
 from dittocache.families.run_clock import RunClock
+from dittocache.teacache.choice import step_cache
 from dittocache.teacache.config import TeaCacheConfig
 from dittocache.teacache.extractors import (
     EXTRACTOR_REGISTRY,
     family_adapter,
     get_extractor,
-    registered_polynomial,
+    polynomial_of,
 )
-from dittocache.teacache.hook import HOOK_NAME, TeaCacheHook
+from dittocache.teacache.hook import HOOK_NAME, StepCache, TeaCacheHook
 from dittocache.teacache.policy import GatePolicy
-from dittocache.teacache.stack import BlockStack, ExtractorStack, StockStack
+from dittocache.teacache.profile import profile_for
+from dittocache.teacache.stack import BlockStack, ExtractorStack, StockStack, WholeForward
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +40,11 @@ class TeaCacheAdapter:
         self.config = config or TeaCacheConfig()
 
     def apply(
-        self, target: Any, clock: RunClock | None = None, say: Callable[[str], None] = logger.warning
+        self,
+        target: Any,
+        clock: RunClock | None = None,
+        say: Callable[[str], None] = logger.warning,
+        refine: Callable[[StepCache], StepCache] = lambda cache: cache,
     ) -> TeaCacheHook:
         """Skip steps of `target`, a pipeline or a bare transformer, from its next call on.
 
@@ -45,6 +52,7 @@ class TeaCacheAdapter:
             target: a diffusers pipeline with a transformer, or the transformer.
             clock: shared with other hooks on the transformer; its own by default.
             say: takes remarks for the user.
+            refine: changes what the settings chose before it is put on.
 
         Raises StepCacheError where TeaCache is on already, the model type is unknown or belongs to another model,
         and ModelError where there is no transformer.
@@ -54,11 +62,16 @@ class TeaCacheAdapter:
             raise StepCacheError(
                 f"TeaCache is on for this {type(denoiser.module).__name__} already; remove it before applying it again"
             )
+        if self.config.profile is not None:
+            profile = profile_for(self.config, denoiser, say)
+            return TeaCacheAdapter(profile.settings_for(self.config)).apply(target, clock, say, profile.watched(say))
         model_type = self._model_type(denoiser)
-        family = family_adapter(model_type)
+        family = None if model_type is None else family_adapter(model_type)
         if clock is None:
             clock = RunClock(family, denoiser.scheduler, self.config.num_inference_steps)
-        hook = TeaCacheHook(self._policy(model_type, family), _stack(model_type, family), clock, say=say)
+        stack: BlockStack = WholeForward() if model_type is None else _stack(model_type, family)
+        chosen = refine(step_cache(self.config, self._policy(model_type), stack))
+        hook = TeaCacheHook(chosen, stack, clock, say)
         HookRegistry.check_if_exists_or_initialize(denoiser.module).register_hook(hook, HOOK_NAME)
         return hook
 
@@ -79,15 +92,19 @@ class TeaCacheAdapter:
             raise StepCacheError(f"TeaCache is not on for this {type(module).__name__}; apply it first")
         return hook
 
-    def _model_type(self, denoiser: Denoiser) -> str:
+    def _model_type(self, denoiser: Denoiser) -> str | None:
+        """A name of the registry; None for a model that nobody knows, where its output alone is predicted."""
         names = denoiser.class_names
         if self.config.model_type is None:
-            known = [name for name in names if name in EXTRACTOR_REGISTRY]
+            known = [name for name in names if name in EXTRACTOR_REGISTRY and _fits(name, names)]
             if known:
                 return known[0]
+            if not self.config.needs_extractor:
+                return None
             raise StepCacheError(
                 f"TeaCache knows no {' or '.join(names[:2])}: model_type must be provided in cache_config. "
-                f"Available types: {', '.join(sorted(EXTRACTOR_REGISTRY))}. Add yours with register_extractor"
+                f"Available types: {', '.join(sorted(EXTRACTOR_REGISTRY))}. Add yours with register_extractor, or take "
+                "gate 'error', which needs none"
             )
         get_extractor(self.config.model_type)
         family = family_adapter(self.config.model_type)
@@ -98,20 +115,26 @@ class TeaCacheAdapter:
             )
         return self.config.model_type
 
-    def _policy(self, model_type: str, family: TransformerAdapter | None) -> GatePolicy:
-        default = registered_polynomial(model_type) if family is None else family.polynomial
-        chosen = Polynomial(self.config.coefficients or default.coefficients)
+    def _policy(self, model_type: str | None) -> GatePolicy:
+        default = polynomial_of(model_type)
+        coefficients = self.config.coefficients or default.coefficients
         # A range belongs to the coefficients that were fitted on it.
-        same = chosen.coefficients == default.coefficients
+        fitted = default.fitted_range if coefficients == default.coefficients else range_of(coefficients)
         return GatePolicy(
             threshold=self.config.rel_l1_thresh,
-            coefficients=chosen.coefficients,
-            fitted_range=self.config.fitted_range or (default.fitted_range if same else None),
+            coefficients=coefficients,
+            fitted_range=self.config.fitted_range or fitted,
             ret_steps=self.config.ret_steps,
             cutoff_steps=self.config.cutoff_steps,
             max_consecutive_skips=self.config.max_consecutive_skips,
         )
 
 
-def _stack(model_type: str, family: TransformerAdapter | None) -> BlockStack:
+def _fits(model_type: str, names: Sequence[str]) -> bool:
+    """Whether `model_type` is for a transformer of these class names; a user's own extractor is believed."""
+    family = family_adapter(model_type)
+    return family is None or family.class_name in names
+
+
+def _stack(model_type: str, family: StepAdapter | None) -> BlockStack:
     return ExtractorStack(get_extractor(model_type)) if family is None else StockStack(family)

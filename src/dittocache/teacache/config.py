@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
-from pydantic import AliasChoices, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import AliasChoices, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
 from dittocache.settings import Settings
 
 
 class TeaCacheConfig(Settings):
-    """TeaCache: skip the transformer blocks while the accumulated distance of their input stays small.
+    """The step cache: skip the transformer blocks in steps that can be told from the ones before.
 
-    Source: https://liewfeng.github.io/TeaCache/ and the project's TeaCache configuration guide.
+    Without settings it is TeaCache as published (https://liewfeng.github.io/TeaCache/): a gate on the accumulated
+    distance of the blocks' input, and the last residual once more on a skipped step. Both can be chosen apart.
     """
 
     model_config = ConfigDict(populate_by_name=True)
@@ -22,6 +23,24 @@ class TeaCacheConfig(Settings):
     )
     """Accumulated rescaled distance up to which the cached residual is reused; 0 computes every step."""
 
+    gate: Literal["distance", "error", "schedule"] = "distance"
+    """What decides: the spec's `distance`; `error`, the measured error of the prediction, which needs no calibration;
+    or a fixed `schedule` of computed steps."""
+
+    prediction: Literal["residual", "residual_linear", "output", "output_linear"] | None = None
+    """What a skipped step uses: the last residual of the blocks or the last output, or the line through the last two,
+    continued in sigma. `residual` with the distance gate, `output_linear` with the others, when left out."""
+
+    error_tolerance: float = Field(default=0.001, ge=0, allow_inf_nan=False)
+    """Relative error of the velocity times the change of sigma that skipped steps may add up to (`gate: error`);
+    0 computes every step."""
+
+    schedule: tuple[int, ...] | None = Field(default=None, min_length=1)
+    """Steps that are computed, counted from 0 (`gate: schedule`); the others are skipped."""
+
+    per_sample: bool = True
+    """Decide for each sample of a batch by itself; else the batch is computed as soon as one sample needs it."""
+
     coefficients: tuple[FiniteFloat, ...] | None = Field(default=None, min_length=1)
     """Rescaling polynomial, highest power first, of any degree; the family's default when left out."""
 
@@ -30,6 +49,10 @@ class TeaCacheConfig(Settings):
 
     model_type: str | None = None
     """Pipeline class name (`QwenImageEditPlusPipeline`); found from the transformer when left out."""
+
+    profile: str | None = None
+    """What `dittocache calibrate` and `tune` found for this model: `auto` looks it up by the model, or its file. It
+    takes the place of settings that are left at their defaults."""
 
     ret_steps: int = Field(default=1, ge=1)
     """First steps that are always computed."""
@@ -42,6 +65,35 @@ class TeaCacheConfig(Settings):
 
     num_inference_steps: int | None = Field(default=None, ge=1)
     """Number of steps of a run, needed only where it cannot be read from the pipeline's scheduler."""
+
+    @property
+    def chosen_prediction(self) -> str:
+        """The prediction, with what it is when left out."""
+        return self.prediction or ("residual" if self.gate == "distance" else "output_linear")
+
+    @property
+    def needs_extractor(self) -> bool:
+        """Whether the model must be taken apart: for its signal, or for the residual of its blocks."""
+        return self.gate == "distance" or self.chosen_prediction.startswith("residual")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any step may be skipped."""
+        return {"distance": self.rel_l1_thresh > 0, "error": self.error_tolerance > 0, "schedule": True}[self.gate]
+
+    @field_validator("schedule", mode="after")
+    @classmethod
+    def _steps_are_counted_from_0(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is not None and (min(value) != 0 or len(set(value)) != len(value)):
+            raise ValueError(f"schedule must list steps once each, step 0 among them, found {list(value)}")
+        return None if value is None else tuple(sorted(value))
+
+    @model_validator(mode="after")
+    def _schedule_belongs_to_its_gate(self) -> Self:
+        if (self.schedule is None) == (self.gate == "schedule"):
+            found = "no schedule" if self.schedule is None else f"a schedule with gate {self.gate!r}"
+            raise ValueError(f"gate 'schedule' and a schedule belong together, found {found}")
+        return self
 
     @model_validator(mode="after")
     def _range_is_ordered(self) -> Self:

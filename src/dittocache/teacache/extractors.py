@@ -5,10 +5,11 @@ Every model of `families/` is in it. A user's extractor, registered under a name
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 
 from dittocache.errors import StepCacheError
-from dittocache.families.base import CacheContext, Polynomial, TransformerAdapter
+from dittocache.families.base import CacheContext, Polynomial, StepAdapter
+from dittocache.families.polynomials import PLAIN
 from dittocache.teacache.stack import Extractor
 
 __all__ = ["EXTRACTOR_REGISTRY", "CacheContext", "get_extractor", "register_extractor"]
@@ -82,13 +83,18 @@ def get_extractor(model_type: str) -> Extractor:
     return EXTRACTOR_REGISTRY[model_type]
 
 
-def registered_polynomial(model_type: str) -> Polynomial:
-    """What a user registered with an extractor, or the identity."""
-    return _polynomials.get(model_type, Polynomial((1.0, 0.0), source="distances as they are"))
+def polynomial_of(model_type: str | None) -> Polynomial:
+    """The coefficients for a pipeline or transformer class name: the model's, what a user registered, or none."""
+    if model_type is None:
+        return PLAIN
+    adapter = family_adapter(model_type)
+    if adapter is None:
+        return _polynomials.get(model_type, PLAIN)
+    return adapter.polynomials.get(model_type, adapter.polynomial)
 
 
-def family_adapter(model_type: str) -> TransformerAdapter | None:
-    """The transformer side that answers to this name, None where a user's extractor does."""
+def family_adapter(model_type: str) -> StepAdapter | None:
+    """What this package knows of the model of this name, None where a user's extractor answers to it."""
     if EXTRACTOR_REGISTRY.registered_by_user(model_type):
         return None
     for adapter in _adapters():
@@ -97,7 +103,7 @@ def family_adapter(model_type: str) -> TransformerAdapter | None:
     return None
 
 
-def _adapters() -> list[TransformerAdapter]:
-    from dittocache.families.registry import FAMILIES
+def _adapters() -> Sequence[StepAdapter]:
+    from dittocache.families.registry import step_adapters
 
-    return list({family.transformer.class_name: family.transformer for family in FAMILIES.values()}.values())
+    return step_adapters()

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 FIRST_STEPS = "one of the first steps"
 LAST_STEPS = "one of the last steps"
 THRESHOLD_ZERO = "the threshold is 0"
+SCHEDULED = "the schedule says so"
 SKIPS_IN_A_ROW = "as many skips in a row as allowed"
 NO_DISTANCE = "nothing to compare with yet"
 NOT_FINITE = "the distance is not a finite number"
@@ -66,11 +68,29 @@ def forced(policy: GatePolicy, state: GateState, step: int, steps: int | None) -
     """
     if policy.threshold <= 0:
         return Decision(True, THRESHOLD_ZERO)
+    return forced_by_place(policy, state.skips, step, steps)
+
+
+class Limits(Protocol):
+    """What every gate obeys, whatever it measures: see `GatePolicy`."""
+
+    @property
+    def ret_steps(self) -> int: ...
+
+    @property
+    def cutoff_steps(self) -> int: ...
+
+    @property
+    def max_consecutive_skips(self) -> int: ...
+
+
+def forced_by_place(policy: Limits, skips: int, step: int, steps: int | None) -> Decision | None:
+    """The decision where the step's place in the run settles it; None where it does not."""
     if step < policy.ret_steps:
         return Decision(True, FIRST_STEPS)
     if steps is not None and step >= steps - policy.cutoff_steps:
         return Decision(True, LAST_STEPS)
-    if state.skips >= policy.max_consecutive_skips:
+    if skips >= policy.max_consecutive_skips:
         return Decision(True, SKIPS_IN_A_ROW)
     return None
 
@@ -115,8 +135,7 @@ def polynomial(coefficients: Sequence[float], x: float) -> float:
     return value
 
 
-def skippable_steps(policy: GatePolicy, steps: int) -> int:
-    """How many of `steps` a run could skip at best."""
-    open_steps = max(0, steps - policy.ret_steps - policy.cutoff_steps)
-    in_a_row = policy.max_consecutive_skips
-    return 0 if policy.threshold <= 0 else open_steps - open_steps // (in_a_row + 1)
+def skippable_steps(limits: Limits, steps: int, computed_first: int = 1) -> int:
+    """How many of `steps` a run could skip at best, where the first `computed_first` are needed to predict from."""
+    open_steps = max(0, steps - max(limits.ret_steps, computed_first) - limits.cutoff_steps)
+    return open_steps - open_steps // (limits.max_consecutive_skips + 1)

@@ -1,16 +1,20 @@
-"""The two ways to run a model around its block stack: the stock forward watched, or an extractor's own functions."""
+"""How to run a model around its block stack: the stock forward watched, an extractor's own functions, or as a whole."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from dittocache.errors import StepCacheError
-from dittocache.families.base import CacheContext, TokenLayout, TransformerAdapter
+from dittocache.families.base import CacheContext, StepAdapter, TokenLayout
+from dittocache.teacache.offloading import brought_in
+from dittocache.teacache.outputs import sample_of, with_sample
 from dittocache.teacache.prediction import StackPass
+from dittocache.teacache.ranks import context_parallel, gathered
 
 Extractor = Callable[..., CacheContext]
 
@@ -32,17 +36,30 @@ class BlockStack(Protocol):
         """The context of this step without running the blocks."""
         ...
 
+    def samples(self, forward_kwargs: Mapping[str, Any]) -> int:
+        """Samples in the batch."""
+        ...
+
+    def rows(self, forward_kwargs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any] | None:
+        """The same forward pass for some samples of the batch; None where the model's arguments cannot be divided."""
+        ...
+
+    def must_run(self, forward_kwargs: Mapping[str, Any]) -> bool:
+        """Whether later steps depend on this one having run."""
+        ...
+
     def compute(
         self,
         module: nn.Module,
         forward_kwargs: Mapping[str, Any],
         layout: TokenLayout | None,
-        context: CacheContext | None,
+        context: Callable[[], CacheContext],
         forward: Callable[..., Any],
-    ) -> tuple[Any, StackPass]:
+    ) -> tuple[Any, StackPass | None]:
         """What the model returns for a computed step, and what went in and out of its blocks.
 
-        `context` is this step's, where it was extracted already.
+        The latter is None where only the output can be predicted. `context` gives that of the whole batch, extracted
+        once a step.
         """
         ...
 
@@ -50,7 +67,7 @@ class BlockStack(Protocol):
 class StockStack:
     """The model's own forward, so that a computed step is the stock one bit for bit; noise tokens only are kept."""
 
-    def __init__(self, adapter: TransformerAdapter) -> None:
+    def __init__(self, adapter: StepAdapter) -> None:
         self._adapter = adapter
         self.signal_is_shared = adapter.signal_ignores_text
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -82,17 +99,42 @@ class StockStack:
     def extract(self, module: nn.Module, forward_kwargs: Mapping[str, Any], layout: TokenLayout | None) -> CacheContext:
         """Embedding and modulation of the noise tokens; text and references cost nothing here."""
         noise = dict(forward_kwargs) if layout is None else self._adapter.noise_only(forward_kwargs, layout)
-        return self._adapter.extract_context(module, **noise)
+        # Beneath a skipped step neither the model nor a block is called, which would bring in weights and split tokens.
+        called = (module, self._adapter.blocks(module)[0])
+        with brought_in(called):
+            found = self._adapter.extract_context(module, **noise)
+
+        def postprocess(hidden_states: torch.Tensor) -> Any:
+            with brought_in(called):
+                output = found.postprocess(hidden_states)
+            if context_parallel(module) is None:
+                return output
+            # Every rank has all noise tokens here; diffusers gathers them from all ranks all the same.
+            return with_sample(output, sample_of(output)[:, : hidden_states.shape[1]])
+
+        return replace(found, postprocess=postprocess)
+
+    def samples(self, forward_kwargs: Mapping[str, Any]) -> int:
+        """Rows of `hidden_states`."""
+        return len(self._adapter.run_arguments(forward_kwargs)["hidden_states"])
+
+    def rows(self, forward_kwargs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any] | None:
+        """As the family divides its arguments."""
+        return self._adapter.rows(forward_kwargs, rows)
+
+    def must_run(self, forward_kwargs: Mapping[str, Any]) -> bool:
+        """Where the model fills a cache of its own."""
+        return self._adapter.must_run(forward_kwargs)
 
     def compute(
         self,
         module: nn.Module,
         forward_kwargs: Mapping[str, Any],
         layout: TokenLayout | None,
-        context: CacheContext | None,
+        context: Callable[[], CacheContext],
         forward: Callable[..., Any],
     ) -> tuple[Any, StackPass]:
-        """Run `forward` (the stock one, or an inner hook's) and cut what passed the blocks to the noise tokens."""
+        """Run `forward` (the stock one, or an inner hook's) and see what passes the blocks."""
         try:
             output = forward(**forward_kwargs)
             if self._input is None or self._output is None:
@@ -100,10 +142,59 @@ class StockStack:
                     f"the forward of {type(module).__name__} passed its first block or final norm by; "
                     "TeaCache cannot tell what the blocks did. Turn off other caches on this transformer"
                 )
-            noise = slice(None) if layout is None else slice(layout.noise)
-            return output, StackPass(self._input[:, noise], self._output[:, noise])
+            if layout is None:
+                return output, StackPass(self._input, self._output)
+            tokens = layout.noise + layout.reference
+
+            def noise_of(stream: torch.Tensor) -> torch.Tensor:
+                whole = gathered(module, stream, tokens)
+                return self._adapter.noise_tokens(whole, layout, forward_kwargs)
+
+            return output, StackPass(self._input, self._output, noise_of)
         finally:
             self._input = self._output = None  # they would keep a step's activations alive
+
+
+class WholeForward:
+    """A transformer that nobody has taken apart: enough to predict its output, without a signal or a residual."""
+
+    signal_is_shared = True
+
+    def attach(self, module: nn.Module) -> None:
+        """Nothing to watch."""
+
+    def detach(self) -> None:
+        """Nothing was watched."""
+
+    def extract(self, module: nn.Module, forward_kwargs: Mapping[str, Any], layout: TokenLayout | None) -> CacheContext:
+        """There is no extractor: StepCacheError."""
+        raise StepCacheError(
+            f"nobody knows the blocks of {type(module).__name__}: add an extractor with register_extractor, or predict "
+            "the output with the error gate"
+        )
+
+    def samples(self, forward_kwargs: Mapping[str, Any]) -> int:
+        """Rows of the first argument that is a picture for each sample."""
+        return first_length(forward_kwargs)
+
+    def rows(self, forward_kwargs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any] | None:
+        """Nobody knows which of its arguments have a row for each sample."""
+        return None
+
+    def must_run(self, forward_kwargs: Mapping[str, Any]) -> bool:
+        """Nobody said so."""
+        return False
+
+    def compute(
+        self,
+        module: nn.Module,
+        forward_kwargs: Mapping[str, Any],
+        layout: TokenLayout | None,
+        context: Callable[[], CacheContext],
+        forward: Callable[..., Any],
+    ) -> tuple[Any, StackPass | None]:
+        """The forward and nothing besides."""
+        return forward(**forward_kwargs), None
 
 
 class ExtractorStack:
@@ -126,16 +217,37 @@ class ExtractorStack:
         context.validate()
         return context
 
+    def samples(self, forward_kwargs: Mapping[str, Any]) -> int:
+        """Rows of the first argument that is a picture for each sample."""
+        return first_length(forward_kwargs)
+
+    def rows(self, forward_kwargs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any] | None:
+        """Nobody knows which of its arguments have a row for each sample."""
+        return None
+
+    def must_run(self, forward_kwargs: Mapping[str, Any]) -> bool:
+        """Nobody said so."""
+        return False
+
     def compute(
         self,
         module: nn.Module,
         forward_kwargs: Mapping[str, Any],
         layout: TokenLayout | None,
-        context: CacheContext | None,
+        context: Callable[[], CacheContext],
         forward: Callable[..., Any],
     ) -> tuple[Any, StackPass]:
         """Blocks and postprocessing of the context; its first output is the image stream."""
-        if context is None:
-            context = self.extract(module, forward_kwargs, layout)
-        hidden_states = context.run_transformer_blocks()[0]
-        return context.postprocess(hidden_states), StackPass(context.hidden_states, hidden_states)
+        found = context()
+        hidden_states = found.run_transformer_blocks()[0]
+        return found.postprocess(hidden_states), StackPass(found.hidden_states, hidden_states)
+
+
+def first_length(forward_kwargs: Mapping[str, Any]) -> int:
+    """Length of the first argument that is a tensor of two or more dimensions, or a list of tensors; 1 without any."""
+    for value in forward_kwargs.values():
+        if isinstance(value, torch.Tensor) and value.ndim > 1:
+            return len(value)
+        if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
+            return len(value)
+    return 1

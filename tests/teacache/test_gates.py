@@ -1,0 +1,197 @@
+"""Gates and predictions beyond the spec's: known arithmetic, rows of a batch, one read a computed step."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from tests.denoising import EDIT, DeviceReads, Pipeline, counted, qwen_transformer, sigmas, velocities
+from tests.teacache.skipped_steps import GUIDED, STEPS, run, teacache
+
+from dittocache.families.base import CacheContext
+from dittocache.sampling.session import cached
+from dittocache.teacache.config import TeaCacheConfig
+from dittocache.teacache.error_policy import ErrorPolicy, ErrorState, after_computed, decide_by_error
+from dittocache.teacache.prediction import Prediction, StackPass
+
+# Random weights bend the path far more than trained ones.
+ERROR = TeaCacheConfig(gate="error", error_tolerance=0.5, num_inference_steps=STEPS)
+
+
+def _no_context() -> CacheContext:
+    raise AssertionError("an output is predicted without the model")
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [1]])
+def test_a_line_in_sigma_is_continued_exactly(rows: list[int]) -> None:
+    prediction = Prediction("output", 1)
+    slope, start = torch.randn(3, 4, 2), torch.randn(3, 4, 2)
+    line = lambda sigma: start + slope * sigma  # noqa: E731
+    passed = StackPass(torch.zeros(3, 4, 2), torch.zeros(3, 4, 2))
+    for sigma in (1.0, 0.9):
+        prediction.observe(prediction.value(passed, (line(sigma),)), sigma, (line(sigma),), range(3))
+    prediction.observe(line(0.6)[rows], 0.6, (line(0.6)[rows],), rows)  # some rows have a step more behind them
+    (found,) = prediction.predict(0.25, _no_context)
+    torch.testing.assert_close(found, line(0.25), rtol=1e-4, atol=1e-5)
+    defect = prediction.defect(2 * line(0.25), 0.25, [0, 1, 2])
+    assert defect is not None and defect.tolist() == pytest.approx([0.5] * 3, rel=1e-3)
+
+
+@pytest.mark.parametrize("prediction", ["residual", "residual_linear", "output", "output_linear"])
+def test_rows_of_a_batch_are_those_of_the_sample_alone(prediction: str) -> None:
+    for tolerance in [0.02 * 1.2**power for power in range(20)]:
+        settings = {"gate": "error", "error_tolerance": tolerance, "prediction": prediction}
+        config = TeaCacheConfig.model_validate(settings)
+        together, pattern = _Pictures([3, 11]).run(config)
+        if "p" in pattern:
+            break
+    assert "p" in pattern, "the test needs a step in which one row is computed and the other is not"
+    for row, seed in enumerate([3, 11]):
+        alone, _ = _Pictures([seed]).run(config)
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_one_decision_for_the_batch_computes_all_of_it() -> None:
+    config = ERROR.model_copy(update={"per_sample": False})
+    _, pattern = _Pictures([3, 11]).run(config)
+    assert "p" not in pattern and "." in pattern
+
+
+class _Pictures:
+    """A batch of latents, some of which move faster than others, integrated by hand."""
+
+    def __init__(self, seeds: list[int]) -> None:
+        self.seeds = seeds
+
+    def run(self, config: TeaCacheConfig) -> tuple[torch.Tensor, str]:
+        pipe = Pipeline(qwen_transformer())
+        pipe.scheduler.set_timesteps(12)
+        edit = replace(EDIT, batch=len(self.seeds))
+        one = [EDIT.with_seed(seed).kwargs(EDIT.with_seed(seed).latents() * seed, 1.0) for seed in self.seeds]
+        latents = torch.cat([kwargs["hidden_states"][:, : EDIT.noise] for kwargs in one])
+        references = torch.cat([kwargs["hidden_states"][:, EDIT.noise :] for kwargs in one])
+        with cached(pipe, config) as trace, torch.no_grad():
+            for t in pipe.scheduler.timesteps:
+                kwargs = edit.kwargs(latents, float(t) / 1000)
+                kwargs["hidden_states"] = torch.cat([latents, references], dim=1)
+                kwargs["encoder_hidden_states"] = torch.cat([each["encoder_hidden_states"] for each in one])
+                output = pipe.transformer(**kwargs)[0][:, : EDIT.noise]
+                latents = pipe.scheduler.step(output, t, latents)[0]
+        return latents, trace.summary().partition("[")[2].partition("]")[0]
+
+
+def test_a_predicted_output_runs_nothing_of_the_model() -> None:
+    model = qwen_transformer()
+    config = TeaCacheConfig(gate="schedule", schedule=(0, 1), num_inference_steps=STEPS)
+    with teacache(model, config), torch.no_grad():
+        model(**EDIT.kwargs(EDIT.latents(), 1.0))
+        model(**EDIT.kwargs(EDIT.latents(), 0.9))
+        with counted([part for part in model.modules() if part is not model]) as ran:
+            model(**EDIT.kwargs(EDIT.latents(), 0.8))
+    assert ran == []
+
+
+def test_the_error_gate_reads_once_a_computed_step_and_a_schedule_never() -> None:
+    reads: dict[str, list[int]] = {"error": [], "schedule": []}
+    patterns = {}
+    for gate, found in reads.items():
+        pipe = Pipeline(qwen_transformer())
+        pipe.scheduler.set_timesteps(STEPS)
+        config = ERROR.model_copy(update={"num_inference_steps": None})
+        if gate == "schedule":
+            config = TeaCacheConfig(gate="schedule", schedule=patterns["error"])
+        latents = EDIT.latents()
+        with cached(pipe, config) as trace, torch.no_grad():
+            for t in pipe.scheduler.timesteps:
+                arguments = {branch: EDIT.kwargs(latents, float(t) / 1000, branch) for branch in GUIDED.branches}
+                with DeviceReads() as mode:
+                    for branch, kwargs in arguments.items():
+                        with pipe.transformer.cache_context(branch):
+                            output = pipe.transformer(**kwargs)[0]
+                found.append(mode.count)
+                latents = pipe.scheduler.step(output[:, : EDIT.noise], t, latents)[0]
+        patterns[gate] = trace.schedule()
+    assert patterns["schedule"] == patterns["error"]
+    assert 3 <= len(patterns["error"]) < STEPS
+    assert max(reads["error"]) <= 1 and sum(reads["error"]) <= len(patterns["error"])
+    assert reads["schedule"] == [0] * STEPS
+
+
+def test_a_tolerance_of_zero_is_the_stock_model() -> None:
+    stock = velocities(qwen_transformer(), GUIDED, STEPS)
+    found = run(ERROR.model_copy(update={"error_tolerance": 0.0}), GUIDED)
+    assert all(torch.equal(a, b) for branch in stock for a, b in zip(stock[branch], found[branch], strict=True))
+
+
+def test_all_branches_skip_the_same_steps() -> None:
+    model = qwen_transformer()
+    with cached(model, ERROR) as trace:
+        velocities(model, GUIDED, STEPS)
+    steps = {branch: [s.decision for s in trace.steps if s.branch == branch] for branch in GUIDED.branches}
+    assert steps["cond"] == steps["uncond"]
+    assert trace.skipped
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"gate": "schedule"}, "schedule"),
+        ({"schedule": [0, 1]}, "schedule"),
+        ({"gate": "schedule", "schedule": [1, 2]}, "step 0"),
+        ({"gate": "schedule", "schedule": [0, 1, 1]}, "once"),
+        ({"gate": "eror"}, "error"),
+        ({"error_tolerance": -1}, "greater"),
+        ({"prediction": "linear"}, "residual_linear"),
+    ],
+)
+def test_wrong_settings_are_named(settings: dict[str, Any], field: str) -> None:
+    with pytest.raises(ValidationError, match=field):
+        TeaCacheConfig.model_validate(settings)
+
+
+policies = st.builds(
+    ErrorPolicy,
+    tolerance=st.floats(1e-6, 1),
+    order=st.sampled_from([0, 1]),
+    ret_steps=st.integers(1, 4),
+    cutoff_steps=st.integers(1, 3),
+    max_consecutive_skips=st.integers(1, 6),
+)
+
+
+@given(policies, st.lists(st.floats(0, 1e3) | st.just(float("nan")), min_size=30, max_size=30))
+def test_the_error_policy_keeps_its_limits_whatever_is_measured(policy: ErrorPolicy, defects: list[float]) -> None:
+    levels = [*sigmas(30), 0.0]
+    state, computed = ErrorState(), []
+    for step, (now, following) in enumerate(itertools.pairwise(levels)):
+        decision, state = decide_by_error(policy, state, now, following, step, 30)
+        if decision.compute:
+            computed.append(step)
+            state = after_computed(policy, state, now, defects[step])
+        else:
+            assert state.accumulated < policy.tolerance
+    assert set(range(max(policy.ret_steps, policy.order + 2))) <= set(computed)
+    assert set(range(30 - policy.cutoff_steps, 30)) <= set(computed)
+    assert max(b - a for a, b in itertools.pairwise(computed)) <= policy.max_consecutive_skips + 1
+
+
+def test_a_straight_path_is_skipped_as_far_as_allowed_and_a_bent_one_is_not() -> None:
+    policy, levels = ErrorPolicy(0.001), [*sigmas(30), 0.0]
+    counts = []
+    for bend in (0.0, 1.0, 10.0):
+        state, computed = ErrorState(), 0
+        for step, (now, following) in enumerate(itertools.pairwise(levels)):
+            decision, state = decide_by_error(policy, state, now, following, step, 30)
+            if decision.compute:
+                known, computed = state.computed[:2], computed + 1
+                defect = bend * abs((now - known[0]) * (now - known[1])) if len(known) == 2 else None
+                state = after_computed(policy, state, now, defect)
+        counts.append(computed)
+    assert counts[0] < counts[1] <= counts[2]
+    assert counts[0] == 3 + 26 // 5 + 1
