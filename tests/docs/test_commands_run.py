@@ -68,6 +68,10 @@ def test_every_command_of_a_page_is_carried_out(page: list[list[str]], workplace
         "train.steps": "2",
         "train.processes": "1",
         "generate.num_inference_steps": "3",
+        "calibrate.samples": "1",
+        "calibrate.held_out_samples": "1",
+        "tune.samples": "2",
+        "tune.held_out_samples": "2",
     }
     overrides = [word for name, value in small.items() for word in (f"--{name}", value)]
     if any("qflux_cache" in words for words in page):
