@@ -195,3 +195,16 @@ def test_a_straight_path_is_skipped_as_far_as_allowed_and_a_bent_one_is_not() ->
         counts.append(computed)
     assert counts[0] < counts[1] <= counts[2]
     assert counts[0] == 3 + 26 // 5 + 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "rel_l1_thresh 0.2"),
+        ({"gate": "error"}, "error_tolerance 0.001"),
+        ({"gate": "schedule", "schedule": [0, 1, 5]}, "3 steps computed"),
+        ({"profile": "auto"}, "profile auto"),
+    ],
+)
+def test_the_report_names_the_dial_that_counts(settings: dict[str, Any], words: str) -> None:
+    assert TeaCacheConfig.model_validate(settings).in_short == words

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from cyclopts import App
 
-from dittocache.cli.shared import ConfigFile, Overrides, load_settings, say, settings_help, start_job
+from dittocache.cli.shared import (
+    ConfigFile,
+    DataPath,
+    ModelPath,
+    Overrides,
+    load_settings,
+    say,
+    settings_help,
+    start_job,
+)
 from dittocache.jobs.run_folder import PROFILE_NAME
 
 
@@ -14,7 +23,7 @@ def add_quality_commands(app: App) -> None:
     app.command(tune, help_epilogue=settings_help())
 
 
-def calibrate(*settings: Overrides, config: ConfigFile = None) -> None:
+def calibrate(*settings: Overrides, config: ConfigFile = None, data: DataPath = None, model: ModelPath = None) -> None:
     """Fit TeaCache's polynomial to this model, its LoRA, sampler, steps and size, and say how good the fit is.
 
     Makes a few pictures of the run's prompts without a cache. The result is a profile that `--teacache.profile auto`
@@ -23,14 +32,25 @@ def calibrate(*settings: Overrides, config: ConfigFile = None) -> None:
     Parameters
     ----------
     config
-        The run's settings, a YAML file such as configs/qwen-image-edit-plus-24gb.yaml. Required.
+        The run's settings, a YAML file such as configs/qwen-image-edit-plus-24gb.yaml. Required, unless data and model
+        are given, or --name names a run that is there.
+    data
+        Folder of pictures and captions, or a table of them; with a config, in place of its data.path.
+    model
+        Folder of a checkpoint, its id on the hub, or `bundled`; with a config, in place of its model.path.
     settings
         Any setting, such as `--calibrate.degree 3`.
     """
-    say(start_job(load_settings(config, settings), ("calibrate",)) / PROFILE_NAME)
+    say(start_job(load_settings(config, settings, data, model), ("calibrate",)) / PROFILE_NAME)
 
 
-def tune(*settings: Overrides, config: ConfigFile = None, target: str | None = None) -> None:
+def tune(
+    *settings: Overrides,
+    config: ConfigFile = None,
+    data: DataPath = None,
+    model: ModelPath = None,
+    target: str | None = None,
+) -> None:
     """Find the fastest setting that keeps to a picture quality, or the best one at a speed, on this model.
 
     Tries step caches of every kind and fewer plain steps on the run's prompts, and verifies the choice on others. The
@@ -39,11 +59,16 @@ def tune(*settings: Overrides, config: ConfigFile = None, target: str | None = N
     Parameters
     ----------
     config
-        The run's settings, a YAML file such as configs/qwen-image-edit-plus-24gb.yaml. Required.
+        The run's settings, a YAML file such as configs/qwen-image-edit-plus-24gb.yaml. Required, unless data and model
+        are given, or --name names a run that is there.
+    data
+        Folder of pictures and captions, or a table of them; with a config, in place of its data.path.
+    model
+        Folder of a checkpoint, its id on the hub, or `bundled`; with a config, in place of its model.path.
     target
         `psnr>=35` (dB beside the picture without a cache), `ssim>=0.97`, `flip<=0.05` or `speedup>=2`; in quotes.
     settings
         Any setting, such as `--tune.samples 12`.
     """
     words = [*settings] if target is None else [*settings, f"--tune.target={target}"]
-    say(start_job(load_settings(config, words), ("tune",)) / PROFILE_NAME)
+    say(start_job(load_settings(config, words, data, model), ("tune",)) / PROFILE_NAME)

@@ -98,7 +98,7 @@ def cached_ways(inputs: RunInputs) -> list[Way]:
     teacache, reference_kv = inputs.config.teacache, inputs.config.reference_kv
     ways = []
     if teacache is not None:
-        threshold = f"rel_l1_thresh {teacache.rel_l1_thresh:g}"
+        threshold = teacache.in_short
         ways.append(Way("TeaCache", "cached", threshold, teacache=teacache))
     if reference_kv is not None:
         refresh = f"refresh {reference_kv.refresh}" if reference_kv.refresh else "first step only"

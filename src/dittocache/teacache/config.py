@@ -72,6 +72,18 @@ class TeaCacheConfig(Settings):
         return self.prediction or ("residual" if self.gate == "distance" else "output_linear")
 
     @property
+    def in_short(self) -> str:
+        """The dial that counts, in a few words."""
+        if self.profile is not None:
+            return f"profile {self.profile}"
+        dials = {
+            "distance": f"rel_l1_thresh {self.rel_l1_thresh:g}",
+            "error": f"error_tolerance {self.error_tolerance:g}",
+            "schedule": f"{len(self.schedule or ())} steps computed",
+        }
+        return dials[self.gate]
+
+    @property
     def needs_extractor(self) -> bool:
         """Whether the model must be taken apart: for its signal, or for the residual of its blocks."""
         return self.gate == "distance" or self.chosen_prediction.startswith("residual")
