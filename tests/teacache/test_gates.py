@@ -207,4 +207,6 @@ def test_a_straight_path_is_skipped_as_far_as_allowed_and_a_bent_one_is_not() ->
     ],
 )
 def test_the_report_names_the_dial_that_counts(settings: dict[str, Any], words: str) -> None:
-    assert TeaCacheConfig.model_validate(settings).in_short == words
+    config = TeaCacheConfig.model_validate(settings)
+    assert config.in_short == words
+    assert config.is_as_published == (config.gate == "distance")

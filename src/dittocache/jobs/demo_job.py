@@ -24,7 +24,7 @@ SETTINGS: Mapping[str, Any] = {
         "checkpoint_every": 100,
     },
     "generate": {"num_inference_steps": 28},
-    "teacache": {"rel_l1_thresh": 0.2},
+    "teacache": {"gate": "error", "error_tolerance": 0.002},
     "reference_kv": {"refresh": 4},
 }
 """The same as configs/demo.yaml, but for the paths, which here are those of the installed package."""

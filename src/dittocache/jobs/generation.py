@@ -98,14 +98,14 @@ def cached_ways(inputs: RunInputs) -> list[Way]:
     teacache, reference_kv = inputs.config.teacache, inputs.config.reference_kv
     ways = []
     if teacache is not None:
-        threshold = teacache.in_short
-        ways.append(Way("TeaCache", "cached", threshold, teacache=teacache))
+        name, dial = "TeaCache" if teacache.is_as_published else "Step cache", teacache.in_short
+        ways.append(Way(name, "cached", dial, teacache=teacache))
     if reference_kv is not None:
         refresh = f"refresh {reference_kv.refresh}" if reference_kv.refresh else "first step only"
         ways.append(Way("Reference KV", "cached", refresh, reference_kv=reference_kv))
     if teacache is not None and reference_kv is not None:
-        settings = f"{threshold}, {refresh}"
-        ways.append(Way("TeaCache + reference KV", "cached", settings, teacache=teacache, reference_kv=reference_kv))
+        settings = f"{dial}, {refresh}"
+        ways.append(Way(f"{name} + reference KV", "cached", settings, teacache=teacache, reference_kv=reference_kv))
     return ways
 
 

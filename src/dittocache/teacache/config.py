@@ -72,6 +72,11 @@ class TeaCacheConfig(Settings):
         return self.prediction or ("residual" if self.gate == "distance" else "output_linear")
 
     @property
+    def is_as_published(self) -> bool:
+        """Whether gate and prediction are those of TeaCache."""
+        return self.gate == "distance" and self.chosen_prediction == "residual"
+
+    @property
     def in_short(self) -> str:
         """The dial that counts, in a few words."""
         if self.profile is not None:
