@@ -21,13 +21,14 @@ help:  ## list the targets
 setup: $(INSTALLED)  ## create .venv and install dittocache with its development tools
 
 # torch goes first and alone: the pinned build is settled before anything else can ask for another one.
-# hatchling goes before the project, so that building it needs no second, hidden download.
+# All other pins follow as they are: searching for versions that agree takes pip minutes. hatchling is one of them, so
+# building the project needs no second, hidden download. The last line adds what a platform needs besides.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or later is needed; $(PYTHON) is older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt torch
-	$(PIP) install --quiet -c constraints.txt hatchling
+	$(PIP) install --quiet --no-deps -r constraints.txt
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
