@@ -12,10 +12,10 @@ from dittocache import __version__
 from dittocache.cli.cache import cache_app, plan
 from dittocache.cli.quality import add_quality_commands
 from dittocache.cli.shared import (
-    ConfigFile,
     DataPath,
     ModelPath,
     Overrides,
+    RunFile,
     follow_up,
     load_settings,
     note,
@@ -65,7 +65,7 @@ add_quality_commands(app)
 
 
 @app.command(help_epilogue=settings_help())
-def train(*settings: Overrides, config: ConfigFile = None, data: DataPath = None, model: ModelPath = None) -> None:
+def train(*settings: Overrides, config: RunFile = None, data: DataPath = None, model: ModelPath = None) -> None:
     """Fine-tune a LoRA: check everything, encode what is missing, train. The one command a training needs.
 
     `dittocache train --data FOLDER --model PATH` needs no YAML: it chooses the settings, says which, and keeps them in
@@ -74,13 +74,6 @@ def train(*settings: Overrides, config: ConfigFile = None, data: DataPath = None
 
     Parameters
     ----------
-    config
-        The run's settings, a YAML file such as configs/qwen-image-edit-plus-24gb.yaml. Required, unless data and model
-        are given, or --name names a run that is there.
-    data
-        Folder of pictures and captions, or a table of them; with a config, in place of its data.path.
-    model
-        Folder of a checkpoint, its id on the hub, or `bundled`; with a config, in place of its model.path.
     settings
         Any setting, such as `--train.steps 2000`.
     """
@@ -96,20 +89,13 @@ def train(*settings: Overrides, config: ConfigFile = None, data: DataPath = None
 
 
 @app.command(help_epilogue=settings_help())
-def generate(*settings: Overrides, config: ConfigFile = None, data: DataPath = None, model: ModelPath = None) -> None:
+def generate(*settings: Overrides, config: RunFile = None, data: DataPath = None, model: ModelPath = None) -> None:
     """Make pictures: with the run's LoRA where there is one, and with each cache beside plain sampling.
 
     Without a prompt, the held-out pictures of the run are edited.
 
     Parameters
     ----------
-    config
-        The run's settings, a YAML file such as configs/qwen-image-edit-plus-24gb.yaml. Required, unless data and model
-        are given, or --name names a run that is there.
-    data
-        Folder of pictures and captions, or a table of them; with a config, in place of its data.path.
-    model
-        Folder of a checkpoint, its id on the hub, or `bundled`; with a config, in place of its model.path.
     settings
         Any setting, such as `--generate.prompt 'make the wall green' --generate.image '[room.png]'`.
     """
@@ -117,18 +103,11 @@ def generate(*settings: Overrides, config: ConfigFile = None, data: DataPath = N
 
 
 @app.command(help_epilogue=settings_help())
-def report(*settings: Overrides, config: ConfigFile = None, data: DataPath = None, model: ModelPath = None) -> None:
+def report(*settings: Overrides, config: RunFile = None, data: DataPath = None, model: ModelPath = None) -> None:
     """Write the run's report: one HTML page with what was cached, the loss curve, pictures, times and quality.
 
     Parameters
     ----------
-    config
-        The run's settings, a YAML file such as configs/qwen-image-edit-plus-24gb.yaml. Required, unless data and model
-        are given, or --name names a run that is there.
-    data
-        Folder of pictures and captions, or a table of them; with a config, in place of its data.path.
-    model
-        Folder of a checkpoint, its id on the hub, or `bundled`; with a config, in place of its model.path.
     settings
         Any setting, such as `--name my-edit`.
     """

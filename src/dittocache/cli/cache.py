@@ -16,6 +16,7 @@ from dittocache.cli.shared import (
     Flag,
     ModelPath,
     Overrides,
+    RunFile,
     load_settings,
     progress_of,
     say,
@@ -33,18 +34,11 @@ cache_app = App(
 
 
 @cache_app.default
-def cache(*settings: Overrides, config: ConfigFile = None, data: DataPath = None, model: ModelPath = None) -> None:
+def cache(*settings: Overrides, config: RunFile = None, data: DataPath = None, model: ModelPath = None) -> None:
     """Encode what is missing in the embedding cache, after checking everything. Stop and go on at any time.
 
     Parameters
     ----------
-    config
-        The run's settings, a YAML file such as configs/qwen-image-edit-plus-24gb.yaml. Required, unless data and model
-        are given, or --name names a run that is there.
-    data
-        Folder of pictures and captions, or a table of them; with a config, in place of its data.path.
-    model
-        Folder of a checkpoint, its id on the hub, or `bundled`; with a config, in place of its model.path.
     settings
         Any setting, such as `--cache.text_batch_size 8`.
     """
@@ -62,7 +56,7 @@ cache_app.command(cache, name="run", help_epilogue=settings_help())
 @cache_app.command(help_epilogue=settings_help())
 def plan(
     *settings: Overrides,
-    config: ConfigFile = None,
+    config: RunFile = None,
     data: DataPath = None,
     model: ModelPath = None,
     json: Flag = False,
@@ -71,13 +65,6 @@ def plan(
 
     Parameters
     ----------
-    config
-        The run's settings, a YAML file such as configs/qwen-image-edit-plus-24gb.yaml. Required, unless data and model
-        are given, or --name names a run that is there.
-    data
-        Folder of pictures and captions, or a table of them; with a config, in place of its data.path.
-    model
-        Folder of a checkpoint, its id on the hub, or `bundled`; with a config, in place of its model.path.
     json
         Print JSON for programs instead of words.
     settings

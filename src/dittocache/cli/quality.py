@@ -5,10 +5,10 @@ from __future__ import annotations
 from cyclopts import App
 
 from dittocache.cli.shared import (
-    ConfigFile,
     DataPath,
     ModelPath,
     Overrides,
+    RunFile,
     load_settings,
     say,
     settings_help,
@@ -23,7 +23,7 @@ def add_quality_commands(app: App) -> None:
     app.command(tune, help_epilogue=settings_help())
 
 
-def calibrate(*settings: Overrides, config: ConfigFile = None, data: DataPath = None, model: ModelPath = None) -> None:
+def calibrate(*settings: Overrides, config: RunFile = None, data: DataPath = None, model: ModelPath = None) -> None:
     """Fit TeaCache's polynomial to this model, its LoRA, sampler, steps and size, and say how good the fit is.
 
     Makes a few pictures of the run's prompts without a cache. The result is a profile that `--teacache.profile auto`
@@ -31,13 +31,6 @@ def calibrate(*settings: Overrides, config: ConfigFile = None, data: DataPath = 
 
     Parameters
     ----------
-    config
-        The run's settings, a YAML file such as configs/qwen-image-edit-plus-24gb.yaml. Required, unless data and model
-        are given, or --name names a run that is there.
-    data
-        Folder of pictures and captions, or a table of them; with a config, in place of its data.path.
-    model
-        Folder of a checkpoint, its id on the hub, or `bundled`; with a config, in place of its model.path.
     settings
         Any setting, such as `--calibrate.degree 3`.
     """
@@ -46,7 +39,7 @@ def calibrate(*settings: Overrides, config: ConfigFile = None, data: DataPath = 
 
 def tune(
     *settings: Overrides,
-    config: ConfigFile = None,
+    config: RunFile = None,
     data: DataPath = None,
     model: ModelPath = None,
     target: str | None = None,
@@ -58,13 +51,6 @@ def tune(
 
     Parameters
     ----------
-    config
-        The run's settings, a YAML file such as configs/qwen-image-edit-plus-24gb.yaml. Required, unless data and model
-        are given, or --name names a run that is there.
-    data
-        Folder of pictures and captions, or a table of them; with a config, in place of its data.path.
-    model
-        Folder of a checkpoint, its id on the hub, or `bundled`; with a config, in place of its model.path.
     target
         `psnr>=35` (dB beside the picture without a cache), `ssim>=0.97`, `flip<=0.05` or `speedup>=2`; in quotes.
     settings

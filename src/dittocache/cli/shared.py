@@ -20,8 +20,27 @@ from dittocache.jobs.terminal import TerminalListener
 from dittocache.jobs.workflow import run_workflow
 
 ConfigFile = Annotated[Path | None, Parameter(name=["--config", "-c"], show_default=False)]
-DataPath = Annotated[str | None, Parameter(show_default=False)]
-ModelPath = Annotated[str | None, Parameter(show_default=False)]
+RunFile = Annotated[
+    ConfigFile,
+    Parameter(
+        help="The run's settings, a YAML file such as configs/qwen-image-edit-plus-24gb.yaml. Required, unless data "
+        "and model are given, or --name names a run that is there."
+    ),
+]
+DataPath = Annotated[
+    str | None,
+    Parameter(
+        show_default=False,
+        help="Folder of pictures and captions, or a table of them; with a config, in place of its data.path.",
+    ),
+]
+ModelPath = Annotated[
+    str | None,
+    Parameter(
+        show_default=False,
+        help="Folder of a checkpoint, its id on the hub, or `bundled`; with a config, in place of its model.path.",
+    ),
+]
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, negative="")]
 Flag = Annotated[bool, Parameter(negative="")]
 

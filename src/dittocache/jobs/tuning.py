@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -42,8 +44,6 @@ def tune(inputs: RunInputs, log: EventLog) -> None:
     with what it had measured. Emits a `result`.
     """
     options = inputs.config.tune
-    # That a mild setting skips nothing is part of the search.
-    logging.getLogger("dittocache.sampling.session").setLevel(logging.ERROR)
     pipe = load_pipeline(inputs)
     samples, held_out = requests_of(inputs, pipe, options.samples, options.held_out_samples)
     run, calibration, knows_blocks = _calibration(inputs, pipe, samples, log)
@@ -58,7 +58,8 @@ def tune(inputs: RunInputs, log: EventLog) -> None:
         None if options.lpips_weights is None else partial(_perceptual, options.lpips_weights),
     )
     target = Target.parse(options.target)
-    found = search_settings(target, options.promise, methods, samples, held_out, ledger)
+    with _unremarked():
+        found = search_settings(target, options.promise, methods, samples, held_out, ledger)
     recommended, remark = recommendation(found, run)
     profile = save_profile(inputs, pipe, run, dict(calibration), recommended, remark)
     fragment = {"teacache": recommended}
@@ -85,6 +86,18 @@ def tune(inputs: RunInputs, log: EventLog) -> None:
     )
     summary = {"words": found.words, "curve": [_row(point) for point in found.measured], "settings": recommended}
     (inputs.run_dir / FOLDER / "tuning.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _unremarked() -> Iterator[None]:
+    """Keep the sessions' remarks out of the log: that a mild setting skips nothing is part of the search."""
+    logger = logging.getLogger("dittocache.sampling.session")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def expected_pictures(methods: list[Method], samples: int, held_out: int) -> int:
