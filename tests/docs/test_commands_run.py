@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 from PIL import Image
 from tests.docs.test_commands import PAGES, ROOT, commands
+from tests.forked_stages import forked_stages
 
 from dittocache import main
 from dittocache.cli import app as cli
 from dittocache.demo.tiny import save_tiny
+
+__all__ = ["forked_stages"]
 
 OWN_DATA = Path("data/my-edit")  # the data set that the pages speak of
 
@@ -51,6 +54,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.usefixtures("forked_stages")
 @pytest.mark.parametrize("page", page_commands())
 def test_every_command_of_a_page_is_carried_out(page: list[list[str]], workplace: Path) -> None:
     small = {
