@@ -98,8 +98,8 @@ def methods() -> dict[str, tuple[Method, Method]]:
         ),
     }
     for name, (peer, never, always) in {
-        "diffusers FirstBlockCache": (step_peers.first_block_cache, 0.0, 1e9),
-        "diffusers MagCache": (step_peers.mag_cache, 0.0, 1e9),
+        "diffusers FirstBlockCache": (step_peers.first_block_cache, -1.0, 1e9),
+        "diffusers MagCache": (step_peers.mag_cache, -1.0, 1e9),
         "diffusers TaylorSeer lite": (step_peers.taylorseer, 1, STEPS),
         "diffusers SeaCache": (step_peers.sea_cache, 0.0, 1e9),
     }.items():
