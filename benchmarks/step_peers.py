@@ -20,6 +20,9 @@ import torch
 Peer = Callable[[Any, float, int], AbstractContextManager[None]]
 """Takes the pipeline, the method's main knob and the number of steps."""
 
+CHOSEN_AT = 28
+"""Steps at which the values of the knobs were chosen."""
+
 
 @contextmanager
 def first_block_cache(pipe: Any, threshold: float, steps: int) -> Iterator[None]:
@@ -49,10 +52,10 @@ def taylorseer(pipe: Any, interval: float, steps: int) -> Iterator[None]:
 
 @contextmanager
 def mag_cache(pipe: Any, threshold: float, steps: int) -> Iterator[None]:
-    """diffusers MagCache; the knob is its threshold, the ratios are those measured by `mag_ratios`."""
+    """diffusers MagCache; the knob is its threshold, the ratios are those of the model (`pipe.mag_ratios()`)."""
     from diffusers import MagCacheConfig
 
-    ratios = pipe.mag_ratios[steps]
+    ratios = pipe.mag_ratios()
     config = MagCacheConfig(threshold=threshold, num_inference_steps=steps, mag_ratios=ratios, retention_ratio=0.1)
     with _enabled(pipe, config):
         yield
@@ -66,7 +69,7 @@ def mag_ratios(pipe: Any, steps: int, run: Callable[[], object]) -> list[float]:
     config = MagCacheConfig(calibrate=True, num_inference_steps=steps)
     with _enabled(pipe, config), contextlib.redirect_stdout(printed):
         run()
-    lists = [line for line in printed.getvalue().splitlines() if line.strip().startswith("[")]
+    lists = [line for line in printed.getvalue().splitlines() if line.startswith("[") and line.endswith("]")]
     found: list[float] = ast.literal_eval(lists[0])
     return found
 
@@ -98,8 +101,11 @@ def sea_cache(pipe: Any, threshold: float, steps: int) -> Iterator[None]:
             del transformer.cache_context
 
 
-def cache_dit(taylor: bool) -> Peer:
-    """cache-dit's DBCache with one block computed (F1B0), with or without TaylorSeer; the knob is its threshold."""
+def cache_dit(taylor: bool, guided: bool) -> Peer:
+    """cache-dit's DBCache with one block computed (F1B0), with or without TaylorSeer; the knob is its threshold.
+
+    It tells CFG branches apart by counting calls, so it must be told whether there is guidance.
+    """
 
     @contextmanager
     def cached(pipe: Any, threshold: float, steps: int) -> Iterator[None]:
@@ -111,6 +117,7 @@ def cache_dit(taylor: bool) -> Peer:
             residual_diff_threshold=threshold,
             max_warmup_steps=2,
             num_inference_steps=steps,
+            enable_separate_cfg=guided,
         )
         calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1) if taylor else None
         cache_dit.enable_cache(pipe, cache_config=config, calibrator_config=calibrator)
@@ -131,15 +138,20 @@ def _enabled(pipe: Any, config: Any) -> Iterator[None]:
         pipe.transformer.disable_cache()
 
 
-def peers() -> Mapping[str, tuple[Peer, tuple[float, ...]]]:
-    """Name -> (method, the values of its knob to sweep)."""
+def peers(steps: int, guided: bool) -> Mapping[str, tuple[Peer, tuple[float, ...]]]:
+    """Name -> (method, the values of its knob to sweep), for runs of so many steps, with or without guidance."""
+    finer = CHOSEN_AT / steps
+
+    def thresholds(*values: float) -> tuple[float, ...]:
+        return tuple(float(f"{value * finer:.2g}") for value in values)
+
     found: dict[str, tuple[Peer, tuple[float, ...]]] = {
-        "diffusers FirstBlockCache": (first_block_cache, (0.03, 0.06, 0.1, 0.15)),
-        "diffusers MagCache": (mag_cache, (0.03, 0.06, 0.12, 0.2)),
+        "diffusers FirstBlockCache": (first_block_cache, thresholds(0.04, 0.06, 0.1)),
+        "diffusers MagCache": (mag_cache, thresholds(0.02, 0.06, 0.12)),
         "diffusers TaylorSeer lite": (taylorseer, (2, 3, 4)),
-        "diffusers SeaCache": (sea_cache, (0.05, 0.1, 0.2, 0.3)),
+        "diffusers SeaCache": (sea_cache, thresholds(0.1, 0.2, 0.4)),
     }
     if importlib.util.find_spec("cache_dit") is not None:
-        found["cache-dit F1B0"] = (cache_dit(taylor=False), (0.04, 0.08, 0.12, 0.2))
-        found["cache-dit F1B0 + TaylorSeer"] = (cache_dit(taylor=True), (0.04, 0.08, 0.12, 0.2))
+        found["cache-dit F1B0"] = (cache_dit(False, guided), thresholds(0.05, 0.08, 0.12, 0.2))
+        found["cache-dit F1B0 + TaylorSeer"] = (cache_dit(True, guided), thresholds(0.05, 0.08, 0.12, 0.2))
     return found

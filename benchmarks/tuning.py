@@ -24,8 +24,9 @@ from dittocache.demo.model import load_pipeline
 from dittocache.quality.calibration.fitting import calibrated
 from dittocache.quality.calibration.recording import recorded
 from dittocache.quality.machine import describe_machine
-from dittocache.quality.tuning.curve import pareto, plot_curve, point_of, table
+from dittocache.quality.tuning.curve import plot_curve, point_of, table
 from dittocache.quality.tuning.measurement import Ledger, mean_speedup, values_of
+from dittocache.quality.tuning.pareto import pareto
 from dittocache.quality.tuning.settings import PLAIN, Setting, all_methods
 from dittocache.quality.tuning.target import Target
 from dittocache.quality.tuning.tune import Tuned, tune

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from dittocache.config_aliases.resolving import resolve_aliases
+from dittocache.config_aliases.step_cache import twice_said, with_named_cache
 from dittocache.data.config import DataConfig
 from dittocache.embeddings.config import CacheConfig
 from dittocache.errors import ConfigError
@@ -88,8 +89,8 @@ class RunConfig(Settings):
         return self.output_dir / self.name
 
 
-def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """Read a YAML file, apply `overrides` (`{"train.steps": 20}`) on top and check everything.
+def load_config(path: Path, overrides: Mapping[str, Any] | None = None, named_cache: str | None = None) -> RunConfig:
+    """Read a YAML file, apply `overrides` (`{"train.steps": 20}`) on top and check everything; as `check_config`.
 
     Raises ConfigError that lists every problem: the setting's dotted name, what was found, what is expected.
     """
@@ -105,7 +106,7 @@ def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> RunCo
         content = {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}; expected `section: settings` entries")
-    return check_config(content, overrides, origin=str(path))
+    return check_config(content, overrides, origin=str(path), named_cache=named_cache)
 
 
 def check_config(
@@ -113,6 +114,7 @@ def check_config(
     overrides: Mapping[str, Any] | None = None,
     origin: str = "",
     defaults: Mapping[str, Any] | None = None,
+    named_cache: str | None = None,
 ) -> RunConfig:
     """The `RunConfig` of nested settings; raises ConfigError that lists every problem.
 
@@ -120,10 +122,12 @@ def check_config(
         overrides: settings by dotted name that win over `content`.
         origin: of `content`, for the error.
         defaults: settings by dotted name that are taken where neither of the two says anything.
+        named_cache: the `cache_adapter` of the environment, for where neither of the two names a step cache.
     """
-    problems: list[str] = []
+    overrides = with_named_cache(content, overrides or {}, named_cache)
+    problems = [*twice_said(content), *twice_said(overrides)]
     settings = resolve_aliases(content, problems)
-    for name, value in (overrides or {}).items():
+    for name, value in overrides.items():
         _put(settings, name, value, problems)
     settings = resolve_aliases(settings, problems)  # an override may use the spec's spelling too
     for name, value in (defaults or {}).items():

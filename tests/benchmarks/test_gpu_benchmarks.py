@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.gpu import caching, training, training_row
+from benchmarks.gpu import caching, step_cache, training, training_row
 from benchmarks.gpu.random_models import empty_component, fill, make_checkpoint
 from benchmarks.gpu.training_row import Row, cache_samples, train_row
 from benchmarks.gpu.workplace import Results, Workplace, make_workplace, ran_out_of_memory
@@ -183,6 +183,29 @@ def test_an_encoder_that_runs_out_of_memory_is_a_row(tmp_path: Path, monkeypatch
     assert first["alone"] > 0
     assert "cached" not in first
     assert "out of memory" in first["out_of_memory"]
+
+
+@pytest.mark.parametrize("family", ["qwen-image", "qwen-image-edit-plus", "flux"])
+def test_fixed_schedules_skip_what_they_say(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--tiny", "--family", family, "--steps", "8", "--guidance", "1", "--repeats", "1"]
+    results = step_cache.main([*words, "--results", str(tmp_path)])
+    for one in results.rows:
+        assert one["ideal"] == pytest.approx(8 / one["row"]["computed"])
+        skips = one["row"]["computed"] < 8
+        assert (one["skipped_step"] is not None) == skips
+        if skips:  # two outputs of 16 noise tokens and 64 channels, float32
+            assert one["bytes_held"] == 2 * 16 * 64 * 4
+    assert [one["row"]["gate"] for one in results.rows[:3]] == ["distance", "error", "schedule"]
+    capsys.readouterr()
+    assert step_cache.main([*words, "--results", str(tmp_path)]).rows == results.rows  # nothing is measured twice
+    assert "schedule, 4 of 8 steps computed, guidance 1" in capsys.readouterr().out
+
+
+def test_guidance_needs_no_text_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_cache, "SHARES", (2,))
+    words = ["--tiny", "--steps", "4", "--guidance", "4", "--repeats", "1", "--results", str(tmp_path)]
+    rows = step_cache.main(words).rows
+    assert [one["row"]["computed"] for one in rows] == [4, 4, 3]
 
 
 def test_weights_are_cut_from_the_pool_round_and_round() -> None:

@@ -79,9 +79,11 @@ class NoPlan:
         return "planned"
 
 
-def settings_of_words(data: str, model: str, overrides: dict[str, Any], notice: Any) -> RunConfig:
+def settings_of_words(
+    data: str, model: str, overrides: dict[str, Any], notice: Any, named_cache: str | None
+) -> RunConfig:
     """Stands for the settings chosen for a data set and a model that are not on this machine."""
-    return check_config({}, {**overrides, "data.path": data, "model.path": model})
+    return check_config({}, {**overrides, "data.path": data, "model.path": model}, named_cache=named_cache)
 
 
 @pytest.mark.parametrize("words", commands())

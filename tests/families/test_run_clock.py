@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dittocache.families.base import TokenLayout
-from dittocache.families.run_clock import DenoisingCall, RunClock, bind_forward
+from dittocache.families.run_clock import DenoisingCall, RunClock, bind_forward, request
 
 MODULE = nn.Identity()
 
@@ -81,12 +81,14 @@ def test_another_shape_is_a_new_run(tokens: int) -> None:
 
 
 def test_another_layout_of_as_many_tokens_is_a_new_run() -> None:
-    layouts = [TokenLayout(2, 2), TokenLayout(2, 2), TokenLayout(3, 1)]
+    layouts = {1.0: TokenLayout(2, 2), 0.7: TokenLayout(2, 2), 0.5: TokenLayout(3, 1)}
     adapter: Any = SimpleNamespace(
-        token_layout=lambda module, kwargs: layouts.pop(0), run_arguments=lambda kwargs: kwargs
+        token_layout=lambda module, kwargs: layouts[round(float(kwargs["timestep"]), 1)],
+        run_arguments=lambda kwargs: kwargs,
+        begin_run=lambda kwargs: None,
     )
     clock = RunClock(adapter)
-    assert [locate(clock, t).run for t in (1.0, 0.7, 0.5)] == [1, 1, 2]
+    assert [locate(clock, t).run for t in layouts] == [1, 1, 2]
 
 
 def test_with_a_scheduler_the_index_counts() -> None:
@@ -180,3 +182,35 @@ def test_forward_arguments_by_name() -> None:
 
     assert bind_forward(Model(), (1,), {"timestep": 2, "other": 3}) == {"hidden_states": 1, "timestep": 2, "other": 3}
     assert bind_forward(Model(), (), {"hidden_states": 1}) == {"hidden_states": 1}
+
+
+def texts_at(clock: RunClock, levels: list[float], branch: str | None = None) -> list[DenoisingCall]:
+    """A call at each level with prompt embeddings of its own, all of them held."""
+    calls, held = [], []
+    for level in levels:
+        text = torch.zeros(1, 3, 2)
+        held.append(text)
+        context = None
+        if branch is not None:
+            context = SimpleNamespace(name=branch, step_index=None, num_inference_steps=None)
+        kwargs = {"hidden_states": torch.zeros(1, 4, 2), "timestep": torch.tensor([level])}
+        with clock.call(MODULE, context, {**kwargs, "encoder_hidden_states": text}) as call:
+            calls.append(call)
+    return calls
+
+
+@pytest.mark.parametrize("branch", [None, "cond"])
+def test_new_prompt_embeddings_at_every_step_are_said_once(branch: str | None) -> None:
+    said: list[str] = []
+    calls = texts_at(RunClock(say=said.append), [1.0, 0.9, 0.8, 0.7, 0.6, 0.5], branch)
+    assert [call.step for call in calls] == [0] * 6, "each counts as a run of its own"
+    assert len(said) == 1 and "dittocache.request" in said[0]
+
+
+def test_requests_that_begin_one_after_the_other_are_no_mistake() -> None:
+    said: list[str] = []
+    texts_at(RunClock(say=said.append), [1.0] * 8)
+    with request("a"):
+        calls = texts_at(RunClock(say=said.append), [1.0, 0.8, 0.6, 0.4, 0.2])
+    assert [call.step for call in calls] == list(range(5))
+    assert not said

@@ -13,7 +13,8 @@ from dittocache.config import RunConfig, check_config
 from dittocache.events import EventLog, read_events
 from dittocache.jobs.calibration import calibrate
 from dittocache.jobs.inputs import RunInputs
-from dittocache.jobs.run_folder import EVENTS_NAME, LORA_NAME, PROFILE_NAME
+from dittocache.jobs.reporting import report
+from dittocache.jobs.run_folder import EVENTS_NAME, LORA_NAME, PROFILE_NAME, TUNING_NAME
 from dittocache.jobs.tuning import tune
 from dittocache.jobs.tuning_requests import edits_of, load_pipeline
 from dittocache.sampling.generate import generate
@@ -57,12 +58,19 @@ def test_calibrate_then_tune_then_generate(config: RunConfig, folder: Path) -> N
     assert len(points["fitted"]) == len(points["held_out"]) == 3  # five steps without the first and the last
     assert (inputs.run_dir / "calibration" / "calibration.png").is_file()
 
+    log_of(inputs, "tune").emit("stage_started", pid=0, command=["test"])
     tune(inputs, log_of(inputs, "tune"))
     tuned = load_profile(inputs.run_dir / PROFILE_NAME)
     assert tuned.calibration == profile.calibration  # not measured again
     assert tuned.settings is not None
     assert [path.name for path in folder.iterdir()] == [tuned.file_name]  # of the same model and runs
     assert result_of(inputs)["curve"] and result_of(inputs)["words"]
+    report(inputs, log_of(inputs, "report"))
+    told = json.loads((inputs.run_dir / "report.json").read_text())["tuning"]
+    measured = json.loads((inputs.run_dir / TUNING_NAME).read_text())
+    assert told["words"] == measured["words"] and len(told["points"]) == len(measured["curve"]) > 2
+    assert sum(point["plain"] for point in told["points"]) > 0
+    assert sum(point["chosen"] for point in told["points"]) == 1
     written = yaml.safe_load((inputs.run_dir / "teacache.yaml").read_text())
     assert written in ({"teacache": tuned.settings}, {"generate": {"num_inference_steps": 4}})
 

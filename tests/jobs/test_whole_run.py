@@ -73,7 +73,7 @@ def test_from_data_set_to_report(config: RunConfig, monkeypatch: pytest.MonkeyPa
     by_label = {variant["label"]: variant["patterns"] for variant in variants}
     assert by_label["Uncached"] == {"cond": ["computed"] * 4}
     assert by_label["TeaCache"] == {"cond": ["computed", "skipped", "skipped", "computed"]}
-    assert by_label["Reference KV"] == {"cond": ["refreshed", "computed", "refreshed", "computed"]}
+    assert by_label["Reference KV"] == {"cond": ["refreshed", "kept", "refreshed", "kept"]}
 
     page = (config.run_dir / "report.html").read_text()
     for words in ("What was cached", "Loss curve", "Before and after", "Caches compared", "TeaCache"):

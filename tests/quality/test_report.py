@@ -16,11 +16,11 @@ from sample_report import compared_edit, drawn, sample_report
 
 from dittocache.errors import DataError
 from dittocache.quality.report import SECTIONS, render_report, write_report
+from dittocache.quality.report_caches import CachesSection
 from dittocache.quality.report_data import (
     BeforeAfterSection,
     CachedArtifact,
     CachedSection,
-    CachesSection,
     HeldOutEdit,
     LossSection,
     Report,
@@ -58,7 +58,9 @@ def test_every_section_is_on_the_page_with_its_numbers(page: Page) -> None:
         "12 of 12 came nearer",
         "11 plain steps",
         "rel_l1_thresh 0.2",
-        "10 computed, 18 skipped: refreshed, computed, skipped",
+        "10 computed, 18 skipped: refreshed, kept, skipped",
+        "FLIP 0.0",
+        "psnr>=50 is kept by error 3.00",
         "Worst case",
         "Wall times are of one request each",
     ]:
@@ -138,7 +140,7 @@ def test_the_same_report_is_the_same_page() -> None:
 def test_every_picture_is_described_and_every_scrolling_table_can_be_reached_by_keyboard(page: Page) -> None:
     assert all(element.attributes.get("alt") for element in page.all("img"))
     regions = [element for element in page.elements if element.attributes.get("role") == "region"]
-    assert len(regions) == len(page.all("table")) == 3
+    assert len(regions) == len(page.all("table")) == 4
     assert all(element.attributes["tabindex"] == "0" and element.attributes["aria-label"] for element in regions)
     ids = [element.attributes["id"] for element in page.elements if "id" in element.attributes]
     assert len(ids) == len(set(ids))
@@ -151,7 +153,9 @@ def test_skip_patterns_are_told_by_letter_and_not_by_colour_alone(page: Page, re
     cells = re.findall(r'<li class="cell (\w+)" title="step \d+: (\w+)">(\w)</li>', page.html)
     assert report.caches is not None
     marks = [mark for variant in report.caches.edits[0].variants for p in variant.patterns for mark in p.marks]
-    assert cells == [(mark, mark, {"computed": "C", "refreshed": "R", "skipped": "S"}[mark]) for mark in marks]
+    assert cells == [
+        (mark, mark, {"computed": "C", "refreshed": "R", "kept": "K", "skipped": "S"}[mark]) for mark in marks
+    ]
 
 
 def test_branches_have_rows_of_their_own(report: Report) -> None:

@@ -12,16 +12,13 @@ import pytest
 from PIL import Image
 from sample_report import compared_edit, pattern
 
+from dittocache.quality.report_caches import CachesSection, ComparedEdit, Role, Variant
 from dittocache.quality.report_data import (
     BeforeAfterSection,
-    CachesSection,
-    ComparedEdit,
     HeldOutEdit,
     Report,
-    Role,
     TrainingSpeed,
     TrainingSpeedSection,
-    Variant,
 )
 from dittocache.quality.report_json import report_as_dict
 from dittocache.quality.verdict import against_baseline, compose_verdict, fastest_cached, key_numbers

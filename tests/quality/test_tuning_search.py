@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dittocache.quality.metrics import psnr
-from dittocache.quality.tuning.curve import pareto, plot_curve, point_of, table
+from dittocache.quality.tuning.curve import plot_curve, point_of, table
 from dittocache.quality.tuning.measurement import Ledger, Measurement
+from dittocache.quality.tuning.pareto import pareto
 from dittocache.quality.tuning.search import harshest, mildest, search
 from dittocache.quality.tuning.settings import PLAIN, UNCACHED, Method, Setting, all_methods, plain_steps, spread
 from dittocache.quality.tuning.target import Target

@@ -111,6 +111,20 @@ def test_a_transformer_that_nobody_knows_needs_a_model_type() -> None:
         Omni(OmniDiffusionConfig(model="unused", cache_adapter="tea_cache"), pipe)
 
 
+def test_the_steps_of_the_configuration_are_those_of_a_picture(checkpoint: str) -> None:
+    lightx2v = {"feature_caching": "Tea", "teacache_thresh": 100.0, "coefficients": [1.0, 0.0], "infer_steps": 4}
+    omni = Omni(config(checkpoint, **lightx2v))
+    omni.generate(prompt="a cat", **{name: value for name, value in CALL.items() if name != "num_inference_steps"})
+    assert omni.trace.summary().startswith("run 1, cond: 4 steps, 2 computed, 2 skipped")
+
+
+def test_settings_without_a_cache_are_said(checkpoint: str, caplog: pytest.LogCaptureFixture) -> None:
+    Omni(config(checkpoint, cache_config=SKIPPING, cache_adapter="none"), tiny_pipeline("qwen-image"))
+    assert not caplog.records
+    Omni(config(checkpoint, cache_config=SKIPPING), tiny_pipeline("qwen-image"))
+    assert "set cache_adapter to tea_cache" in caplog.text
+
+
 def test_a_failed_call_leaves_nothing_for_the_next(checkpoint: str) -> None:
     omni = Omni(config(checkpoint, cache_adapter="tea_cache", cache_config=SKIPPING))
     before = picture(omni)

@@ -85,6 +85,27 @@ def test_an_extractor_is_asked_once_a_step(counting: list[float], threshold: flo
     assert counting == pytest.approx(sigmas(STEPS))
 
 
+def test_the_timestep_embedding_may_be_the_signal(counting: list[float]) -> None:
+    """The guide's third pattern: `modulated_input = temb.clone()`, `(B, D)`."""
+    family, seen = get_extractor(MODEL_TYPE), []
+
+    def by_timestep(module: nn.Module, **kwargs: Any) -> CacheContext:
+        found = family(module, **kwargs)
+        found.modulated_input = found.temb.clone()
+        seen.append(found.temb)
+        return found
+
+    register_extractor(MODEL_TYPE, by_timestep)
+    model = qwen_transformer()
+    config = TeaCacheConfig(rel_l1_thresh=1e6, coefficients=(1.0, 0.0), num_inference_steps=STEPS)
+    with cached(model, config) as trace, torch.no_grad():
+        for sigma in sigmas(STEPS):
+            model(**EDIT.kwargs(EDIT.latents(), sigma))
+    expected = (seen[1] - seen[0]).abs().mean() / seen[0].abs().mean()
+    assert trace.steps[1].distance == pytest.approx(float(expected), rel=1e-5)
+    assert trace.skipped == 4
+
+
 def test_a_wrong_context_stops_the_run(counting: list[float]) -> None:
     family = get_extractor(MODEL_TYPE)
 

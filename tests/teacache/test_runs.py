@@ -35,6 +35,22 @@ def test_an_exception_in_the_middle_leaves_nothing_for_the_next_run() -> None:
         assert not equal(after, config_run)
 
 
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+def test_ctrl_c_within_a_step_leaves_nothing_for_the_next_run(interrupt: type[BaseException]) -> None:
+    def strike(*_: Any) -> None:
+        raise interrupt
+
+    model = qwen_transformer()
+    with teacache(model, SKIPPING) as hook, torch.no_grad():
+        velocities(model, EDIT, STEPS, stop=4)
+        handle = model.transformer_blocks[1].register_forward_pre_hook(strike)
+        with pytest.raises(interrupt):
+            model(**EDIT.kwargs(EDIT.latents(), sigmas(STEPS)[4]))  # a computed step
+        handle.remove()
+        assert hook.bytes_held == 0
+        assert equal(velocities(model, EDIT.with_seed(8), STEPS), run(SKIPPING, EDIT.with_seed(8)))
+
+
 def test_an_exception_frees_the_memory() -> None:
     model = qwen_transformer()
     with teacache(model, SKIPPING) as hook:

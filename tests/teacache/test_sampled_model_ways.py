@@ -25,6 +25,7 @@ from tests.teacache.sampled_runs import EXACT, PATTERN, SCHEDULE, SKIPPING, deno
 
 from dittocache.errors import StepCacheError
 from dittocache.families.registry import step_adapter_of
+from dittocache.families.run_clock import RunClock
 from dittocache.sampling.session import cached
 from dittocache.teacache.config import TeaCacheConfig
 
@@ -101,6 +102,24 @@ def test_flux2_counts_its_noise_once_a_run() -> None:
     other = flux2_kwargs(latents(), 1.0, "cond")
     other["img_ids"] = torch.cat([ids(0, *NOISE)[:, :10], ids(10, 6, 5)], dim=1)
     assert adapter.token_layout(transformer, other).noise == 10
+
+
+def test_flux2_by_hand_may_have_another_share_of_references_with_the_same_prompt() -> None:
+    transformer = flux2_transformer()
+    clock = RunClock(step_adapter_of(transformer), num_inference_steps=2)
+    first = flux2_kwargs(latents(), 1.0, "cond")
+    tokens = first["img_ids"].shape[1]
+    fewer = torch.cat([ids(0, *NOISE)[:, :10], ids(10, 6, 5)], dim=1)
+    fewer = torch.cat([fewer, ids(20, 1, tokens)], dim=1)[:, :tokens]
+    found = []
+    for img_ids in (first["img_ids"], fewer):
+        for sigma in (1.0, 0.5):  # the ids are put together anew at every step
+            kwargs = {**first, "img_ids": img_ids.clone(), "timestep": torch.tensor([sigma])}
+            with clock.call(transformer, None, kwargs) as call:
+                assert call.layout is not None
+                found.append((call.run, call.layout.noise, call.layout.reference))
+    noise = NOISE[0] * NOISE[1]
+    assert found == [(1, noise, tokens - noise)] * 2 + [(2, 10, tokens - 10)] * 2
 
 
 def omni_kwargs(now: torch.Tensor, sigma: float) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from accelerate import cpu_offload
 from diffusers.hooks import apply_group_offloading
 from tests.denoising import EDIT, equal, flux_transformer, qwen_transformer, sigmas, velocities
-from tests.teacache.skipped_steps import GUIDED, SKIPPED, SKIPPING, STEPS, run
+from tests.teacache.skipped_steps import GUIDED, SKIPPED, SKIPPING, STEPS, run, teacache
 from torch._dynamo.testing import CompileCounter
 
 from dittocache.errors import StepCacheError
@@ -64,6 +64,26 @@ def test_group_offloading_of_diffusers_goes_with_it(level: str) -> None:
     apply_group_offloading(model, torch.device("cpu"), torch.device("cpu"), offload_type=level, **options)
     with cached(model, SKIPPING):
         assert equal(velocities(model, GUIDED, STEPS), run(SKIPPING, GUIDED))
+
+
+@pytest.mark.parametrize("gradients", [torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("config", [SKIPPING, ERROR], ids=["distance", "error"])
+def test_gradients_on_or_switched_off_for_good_change_nothing(config: TeaCacheConfig, gradients: Any) -> None:
+    def steps(model: Any, context: Any) -> list[torch.Tensor]:
+        with context():
+            return [model(**EDIT.kwargs(EDIT.latents(), t))[0][:, : EDIT.noise].detach() for t in sigmas(STEPS)]
+
+    model = qwen_transformer().requires_grad_(True)
+    with teacache(model, config) as hook:
+        found = steps(model, gradients)
+        kept = hook._runs[max(hook._runs)].branches.values()
+        assert not any(branch.prediction._now.requires_grad for branch in kept), "a graph would be held alive"
+        again = steps(model, torch.no_grad)  # on what the other kind of tensors has left
+    fresh = qwen_transformer()
+    with teacache(fresh, config):
+        plain = steps(fresh, torch.no_grad)
+    assert all(map(torch.equal, found, plain))
+    assert all(map(torch.equal, again, plain))
 
 
 def test_outputs_of_every_kind_are_predicted() -> None:

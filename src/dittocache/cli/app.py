@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from dittocache import __version__
 from dittocache.cli.cache import cache_app, plan
 from dittocache.cli.quality import add_quality_commands
 from dittocache.cli.shared import (
+    CacheOption,
     DataPath,
     ModelPath,
     Overrides,
@@ -28,6 +30,7 @@ from dittocache.errors import ConfigError, DataError, DittocacheError, ModelErro
 from dittocache.jobs.run_folder import LORA_NAME, REPORT_NAME, SAMPLES_NAME
 from dittocache.jobs.stages import DEMO, TRAIN
 from dittocache.jobs.workflow import StageFailed, WorkflowStopped
+from dittocache.sampling.cache_keys import ADAPTER_VARIABLE
 
 EXIT_CONFIG = 2
 EXIT_STOPPED = 130
@@ -89,17 +92,39 @@ def train(*settings: Overrides, config: RunFile = None, data: DataPath = None, m
 
 
 @app.command(help_epilogue=settings_help())
-def generate(*settings: Overrides, config: RunFile = None, data: DataPath = None, model: ModelPath = None) -> None:
+def generate(
+    *settings: Overrides,
+    config: RunFile = None,
+    data: DataPath = None,
+    model: ModelPath = None,
+    model_class_name: CacheOption = None,
+    cache_adapter: CacheOption = None,
+    cache_config: CacheOption = None,
+) -> None:
     """Make pictures: with the run's LoRA where there is one, and with each cache beside plain sampling.
 
     Without a prompt, the held-out pictures of the run are edited.
 
     Parameters
     ----------
+    model_class_name
+        Pipeline class of the model, such as QwenImagePipeline; read from the checkpoint when left out.
+    cache_adapter
+        `tea_cache` or `none`. Where neither this nor the config names a step cache, DIFFUSION_CACHE_ADAPTER in the
+        environment does.
+    cache_config
+        Settings of the step cache, in place of the config's: '{"rel_l1_thresh": 0.2}'. They turn it on.
     settings
         Any setting, such as `--generate.prompt 'make the wall green' --generate.image '[room.png]'`.
     """
-    say(start_job(load_settings(config, settings, data, model), ("generate",)) / SAMPLES_NAME)
+    named = {
+        "model_class_name": model_class_name,
+        "cache_adapter": cache_adapter,
+        "cache_config": cache_config,
+    }
+    words = [*settings, *(f"--{name}={value}" for name, value in named.items() if value is not None)]
+    chosen = load_settings(config, words, data, model, named_cache=os.environ.get(ADAPTER_VARIABLE))
+    say(start_job(chosen, ("generate",)) / SAMPLES_NAME)
 
 
 @app.command(help_epilogue=settings_help())

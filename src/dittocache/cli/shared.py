@@ -41,6 +41,7 @@ ModelPath = Annotated[
         help="Folder of a checkpoint, its id on the hub, or `bundled`; with a config, in place of its model.path.",
     ),
 ]
+CacheOption = Annotated[str | None, Parameter(show_default=False)]
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, negative="")]
 Flag = Annotated[bool, Parameter(negative="")]
 
@@ -55,20 +56,28 @@ def settings_help() -> str:
 
 
 def load_settings(
-    config: Path | None, settings: Sequence[str], data: str | None = None, model: str | None = None
+    config: Path | None,
+    settings: Sequence[str],
+    data: str | None = None,
+    model: str | None = None,
+    named_cache: str | None = None,
 ) -> RunConfig:
-    """The settings of a YAML file, of a run by its `--name`, or chosen for `data` and `model`; raises ConfigError."""
+    """The settings of a YAML file, of a run by its `--name`, or chosen for `data` and `model`; raises ConfigError.
+
+    `named_cache` is the step cache that the environment names.
+    """
     overrides = parse_overrides(settings)
     data, model = _only_one("data", data, overrides), _only_one("model", model, overrides)
     if config is not None:
         named = {"data.path": data, "model.path": model}
-        return load_config(config, overrides | {name: value for name, value in named.items() if value is not None})
+        given = overrides | {name: value for name, value in named.items() if value is not None}
+        return load_config(config, given, named_cache)
     if data is not None or model is not None:
         from dittocache.jobs.quick_start import quick_config
 
-        return quick_config(data, model, overrides, note)
+        return quick_config(data, model, overrides, note, named_cache)
     if overrides.get("name"):
-        return load_config(_config_of_run(overrides), overrides)
+        return load_config(_config_of_run(overrides), overrides, named_cache)
     near = difflib.get_close_matches("config", overrides, n=1)
     meant = f"; did you mean --config where you wrote --{near[0]}?" if near else ""
     raise ConfigError(

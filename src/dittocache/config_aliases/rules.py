@@ -11,6 +11,7 @@ from typing import Any
 from dittocache.config_aliases.names import FAMILIES
 from dittocache.config_aliases.nested import put, taken
 from dittocache.config_aliases.pictures import apply_loss, apply_sizes
+from dittocache.config_aliases.step_cache import apply_step_cache
 
 _NOTHING = object()
 _NONE_OF_IT: tuple[Any, ...] = (None, False, 0, 0.0, "")
@@ -103,7 +104,16 @@ def apply_rules(settings: dict[str, Any], problems: list[str]) -> None:
         if value is not None and not str(value).endswith(endings):
             problems.append(f"{name}: found {value!r}; other classes cannot be loaded: leave it out")
     taken(settings, "model.lora.adapter_name", None)  # a saved LoRA bears no name
-    for rule in (_trainer, _quantize, _data_set, _drop_keys, _live_devices, _predict_devices, apply_loss):
+    for rule in (
+        _trainer,
+        _quantize,
+        _data_set,
+        _drop_keys,
+        _live_devices,
+        _predict_devices,
+        apply_loss,
+        apply_step_cache,
+    ):
         rule(settings, problems)
     apply_sizes(settings, problems)
 

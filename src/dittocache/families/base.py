@@ -295,6 +295,10 @@ class StepAdapter(Protocol):
         """
         ...
 
+    def begin_run(self, forward_kwargs: Mapping[str, Any]) -> None:
+        """A run begins with this forward pass: what was remembered of earlier ones counts no more."""
+        ...
+
     def must_run(self, forward_kwargs: Mapping[str, Any]) -> bool:
         """Whether later steps depend on this one having run, such as one that fills a cache of the model's own."""
         ...

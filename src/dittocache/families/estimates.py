@@ -18,12 +18,13 @@ from dittocache.families import flux_encoding
 from dittocache.families.base import Sizes
 from dittocache.families.flux_kontext import FluxKontext
 from dittocache.families.loss_masks import LOSS_MASK
+from dittocache.families.packed_latents import PACKED_PIXELS
 from dittocache.families.pictures import requested_size
 from dittocache.families.qwen_image import MAX_SEQUENCE_LENGTH, QwenImage
 from dittocache.families.qwen_image_common import QwenImageFamily
 from dittocache.families.qwen_image_edit import QwenImageEdit
 from dittocache.families.qwen_image_edit_plus import QwenImageEditPlus
-from dittocache.families.qwen_image_encoding import PACKED_PIXELS, prompt_template
+from dittocache.families.qwen_image_encoding import prompt_template
 
 SizeOf = Callable[[Path], tuple[int, int]]
 
@@ -156,7 +157,7 @@ class FluxSizes:
 
     def latent_sizes(self, sample: Sample, sizes: Sizes, size_of: SizeOf) -> Mapping[str, ArtifactSize]:
         """`image_latents`, `img_shapes`, and `control_latents` and `loss_mask` where there are such pictures."""
-        target = _tokens(sample.size, flux_encoding.PACKED_PIXELS)
+        target = _tokens(sample.size, PACKED_PIXELS)
         known = {
             "image_latents": ArtifactSize(target, self._channels),
             "img_shapes": ArtifactSize(1 + len(sample.controls), 3, element_bytes=4),
@@ -164,7 +165,7 @@ class FluxSizes:
         }
         if sample.controls:
             requests = self._family.controls(sample, sizes, size_of)
-            tokens = sum(_tokens(request.size, flux_encoding.PACKED_PIXELS) for request in requests if request.size)
+            tokens = sum(_tokens(request.size, PACKED_PIXELS) for request in requests if request.size)
             known["control_latents"] = ArtifactSize(tokens, self._channels)
         return known
 

@@ -5,6 +5,7 @@ Shapes: B batch, N noise tokens, R reference tokens, T text tokens, D width.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -45,7 +46,7 @@ class Flux2TransformerAdapter(FillsOwnCache):
     no_reference_cache = "take Flux2KleinKVPipeline, which keeps the keys and values of references by itself"
 
     def __init__(self) -> None:
-        # Counting needs a read from the device.
+        # Counting needs a read from the device. Prompt embeddings -> tokens -> (noise tokens, the ids that said so)
         self._noise_tokens: Any = WeakTensorKeyDictionary()
 
     def extract_context(self, module: nn.Module, **forward_kwargs: Any) -> CacheContext:
@@ -61,8 +62,17 @@ class Flux2TransformerAdapter(FillsOwnCache):
             return TokenLayout(tokens - reference, reference)
         if forward_kwargs.get("kv_cache_mode") == "cached":
             return TokenLayout(tokens, forward_kwargs["kv_cache"].num_ref_tokens)
-        noise = self._count_noise(forward_kwargs["img_ids"], forward_kwargs["txt_ids"])
+        noise = self._count_noise(forward_kwargs["img_ids"], forward_kwargs["encoder_hidden_states"])
         return TokenLayout(noise, tokens - noise)
+
+    def begin_run(self, forward_kwargs: Mapping[str, Any]) -> None:
+        """The same prompt may now stand beside another share of references: forget all but the count of these ids."""
+        img_ids, prompt_embeds = forward_kwargs.get("img_ids"), forward_kwargs["encoder_hidden_states"]
+        counted = self._noise_tokens.get(prompt_embeds, {})
+        self._noise_tokens.clear()
+        self._noise_tokens[prompt_embeds] = {
+            tokens: (noise, ids) for tokens, (noise, ids) in counted.items() if ids() is img_ids
+        }
 
     def noise_tokens(
         self, stream: torch.Tensor, layout: TokenLayout, forward_kwargs: Mapping[str, Any]
@@ -96,15 +106,15 @@ class Flux2TransformerAdapter(FillsOwnCache):
         """`norm_out`; text has been cut off before it."""
         return cast(nn.Module, module.norm_out)
 
-    def _count_noise(self, img_ids: torch.Tensor, txt_ids: torch.Tensor) -> int:
-        # Pipelines put the pictures' ids together anew at every step, the text's once a run: these stand for the run.
-        known = self._noise_tokens.get(txt_ids, {})
+    def _count_noise(self, img_ids: torch.Tensor, prompt_embeds: torch.Tensor) -> int:
+        # Pipelines put the pictures' ids together anew at every step; the prompt's embeddings stand for the run.
+        known = self._noise_tokens.get(prompt_embeds, {})
         tokens = img_ids.shape[-2]
         if tokens not in known:
             ids = img_ids[0] if img_ids.ndim == 3 else img_ids
-            known = {**known, tokens: int((ids[:, 0] == 0).sum())}
-            self._noise_tokens[txt_ids] = known
-        return int(known[tokens])
+            known = {**known, tokens: (int((ids[:, 0] == 0).sum()), weakref.ref(img_ids))}
+            self._noise_tokens[prompt_embeds] = known
+        return int(known[tokens][0])
 
 
 def _take_apart(

@@ -14,19 +14,25 @@ from dittocache.data.pictures import picture_size
 from dittocache.data.sample import Sample
 from dittocache.errors import ModelError
 from dittocache.families.base import Artifact, ArtifactInput, Sizes, Tensors, TrainingInputs, TransformerAdapter
-from dittocache.families.encoding import is_wanted
 from dittocache.families.flow_matching import interpolate, picture_shapes, stack
 from dittocache.families.flux_encoding import (
     EMPTY_PROMPT,
     MAX_SEQUENCE_LENGTH,
-    PACKED_PIXELS,
-    encode_pictures,
     encode_prompts,
+    packed_latents,
     pooled_embeds,
     sequence_embeds,
 )
 from dittocache.families.loading import load_components
-from dittocache.families.loss_masks import LOSS_MASK, loss_mask, mask_artifact, mask_pictures
+from dittocache.families.loss_masks import LOSS_MASK, mask_artifact, mask_pictures
+from dittocache.families.packed_latents import (
+    PACKED_PIXELS,
+    encode_pictures,
+    facts_of,
+    packed_shapes,
+    target_request,
+    vae_requests,
+)
 from dittocache.families.pictures import PictureRequest, Pictures, request_facts, resized_picture
 
 TRAINING_GUIDANCE = 1.0  # what a guidance-distilled model is told while training: no extrapolation
@@ -98,7 +104,7 @@ class FluxFamily(ABC):
         control_facts = {"controls": [request_facts(one) for one in controls]}
         shapes = {"shapes": _picture_shapes(sample, controls)} if controls else {**size, "packed_pixels": PACKED_PIXELS}
         return (
-            Artifact("image_latents", "vae", target, {**request_facts(_target(sample)), **LATENTS}),
+            Artifact("image_latents", "vae", target, {**request_facts(target_request(sample)), **LATENTS}),
             *([Artifact("control_latents", "vae", references, {**control_facts, **LATENTS})] if controls else []),
             Artifact("pooled_prompt_embeds", "text_encoder", prompt),
             Artifact("empty_pooled_prompt_embeds", "text_encoder", empty),
@@ -118,9 +124,9 @@ class FluxFamily(ABC):
         self, encoder: str | None, sample: Sample, sizes: Sizes, wanted: Collection[str] | None = None
     ) -> Sequence[PictureRequest]:
         """The target and the references for the VAE; the loss mask, which no encoder sees."""
-        by_artifact: dict[str, list[PictureRequest]] = {}
+        by_artifact: dict[str, Sequence[PictureRequest]] = {}
         if encoder == "vae":
-            by_artifact = self._requests(sample, sizes)
+            by_artifact = vae_requests(sample, self.controls(sample, sizes))
         elif encoder is None:
             by_artifact = {LOSS_MASK: mask_pictures(sample)}
         return [one for name, parts in by_artifact.items() if wanted is None or name in wanted for one in parts]
@@ -145,15 +151,12 @@ class FluxFamily(ABC):
         largest_batch = max(len(samples), 1) if together else 1
         if encoder is None:
             return [
-                self._facts(sample, sizes, pictures, partial(is_wanted, wanted, index))
+                facts_of(sample, partial(self._shapes, sample, sizes), pictures, wanted, index)
                 for index, sample in enumerate(samples)
             ]
         if encoder == "vae":
-            requests = [
-                {name: parts for name, parts in self._requests(sample, sizes).items() if is_wanted(wanted, index, name)}
-                for index, sample in enumerate(samples)
-            ]
-            return encode_pictures(pipe, requests, pictures, largest_batch)
+            requests = [vae_requests(sample, self.controls(sample, sizes)) for sample in samples]
+            return encode_pictures(pipe, requests, wanted, pictures, partial(packed_latents, pipe), largest_batch)
         if encoder == "text_encoder":
             return encode_prompts(samples, "pooled_prompt_embeds", partial(pooled_embeds, pipe), wanted, largest_batch)
         if encoder == "text_encoder_2":
@@ -188,35 +191,18 @@ class FluxFamily(ABC):
     def _guidance(self, batch_size: int, device: torch.device) -> torch.Tensor | None:
         return torch.full((batch_size,), TRAINING_GUIDANCE, device=device) if self.guidance else None
 
-    def _requests(self, sample: Sample, sizes: Sizes) -> dict[str, list[PictureRequest]]:
-        """What the VAE encodes, by artifact."""
-        controls = self.controls(sample, sizes)
-        return {"image_latents": [_target(sample)], **({"control_latents": controls} if controls else {})}
-
-    def _facts(self, sample: Sample, sizes: Sizes, pictures: Pictures, wanted: Callable[[str], bool]) -> Tensors:
-        """The artifacts that need no encoder."""
-        facts: Tensors = {}
-        if wanted("img_shapes"):
-            shapes = _picture_shapes(sample, self.controls(sample, sizes))
-            facts["img_shapes"] = torch.tensor(shapes, dtype=torch.int32)
-        if sample.mask is not None and wanted(LOSS_MASK):
-            facts[LOSS_MASK] = loss_mask(sample, PACKED_PIXELS, pictures)
-        return facts
+    def _shapes(self, sample: Sample, sizes: Sizes) -> list[tuple[int, int, int]]:
+        return _picture_shapes(sample, self.controls(sample, sizes))
 
 
-def _target(sample: Sample) -> PictureRequest:
-    return PictureRequest(sample.target, size=sample.size, flipped=sample.flipped, cropped=sample.cropped)
-
-
-def _size(request: PictureRequest) -> list[int]:
+def _size(request: PictureRequest) -> tuple[int, int]:
     assert request.size is not None, "FLUX references have sizes of their own"
-    return list(request.size)
+    return request.size
 
 
 def _picture_shapes(sample: Sample, controls: Sequence[PictureRequest]) -> list[tuple[int, int, int]]:
     """Frames, height and width in packed latents of the target and of each reference."""
-    sizes = [sample.size, *(_size(request) for request in controls)]
-    return [(1, height // PACKED_PIXELS, width // PACKED_PIXELS) for width, height in sizes]
+    return packed_shapes([sample.size, *(_size(request) for request in controls)])
 
 
 def _picture_ids(shapes: Sequence[tuple[int, int, int]], noise: torch.Tensor) -> torch.Tensor:

@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 
 from dittocache.data.sample import Sample
-from dittocache.errors import ModelError
 from dittocache.families.base import Tensors
 from dittocache.families.encoding import encode_distinct, is_wanted
-from dittocache.families.pictures import PictureRequest, Pictures
 
 EMPTY_PROMPT = ""
-PACKED_PIXELS = 16  # pixels a side of one packed latent token: 8 by the VAE, 2 by packing
 MAX_SEQUENCE_LENGTH = 512  # T5 tokens, the pipeline's default; shorter prompts are padded to it
 
 
-def encode_pictures(
-    pipe: Any, requests: Sequence[Mapping[str, Sequence[PictureRequest]]], pictures: Pictures, largest_batch: int
-) -> list[Tensors]:
-    """The latents of every sample's pictures, by artifact; pictures of one size pass the VAE together."""
-    if pipe.vae_scale_factor * 2 != PACKED_PIXELS:
-        raise ModelError(
-            f"the VAE makes one packed latent of {pipe.vae_scale_factor * 2} pixels a side; expected {PACKED_PIXELS}"
-        )
-
-    def encode(batch: Sequence[PictureRequest]) -> Sequence[torch.Tensor]:
-        preprocess = pipe.image_processor.preprocess
-        return _packed_latents(pipe, torch.cat([preprocess(pictures(one)) for one in batch]))  # (B, 3, H, W)
-
-    distinct = (one for by_artifact in requests for parts in by_artifact.values() for one in parts)
-    latents = encode_distinct(distinct, encode, largest_batch, alike=lambda request: request.size)
-    return [
-        {name: torch.cat([latents[one] for one in parts]) for name, parts in by_artifact.items()}
-        for by_artifact in requests
-    ]
-
-
-def _packed_latents(pipe: Any, pictures: torch.Tensor) -> Sequence[torch.Tensor]:
+def packed_latents(pipe: Any, pictures: torch.Tensor) -> Sequence[torch.Tensor]:
     """Packed latents `(tokens, 64)` of each preprocessed picture of `(B, 3, H, W)`."""
     from diffusers import FluxKontextPipeline
 

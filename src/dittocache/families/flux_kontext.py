@@ -15,7 +15,7 @@ from dittocache.data.sample import Sample
 from dittocache.errors import DataError
 from dittocache.families.base import Sizes
 from dittocache.families.flux_common import FluxFamily, SizeOf
-from dittocache.families.flux_encoding import PACKED_PIXELS
+from dittocache.families.packed_latents import PACKED_PIXELS
 from dittocache.families.pictures import PictureRequest
 
 PREFERRED_SIDE = 1024  # side of the square whose area the preferred sizes have

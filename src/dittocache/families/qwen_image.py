@@ -10,9 +10,10 @@ import torch
 from dittocache.data.sample import Sample
 from dittocache.errors import DataError
 from dittocache.families.base import Sizes
+from dittocache.families.packed_latents import PACKED_PIXELS
 from dittocache.families.pictures import PictureRequest
 from dittocache.families.qwen_image_common import QwenImageFamily
-from dittocache.families.qwen_image_encoding import PACKED_PIXELS, Row, unpadded
+from dittocache.families.qwen_image_encoding import Row, unpadded
 
 MAX_SEQUENCE_LENGTH = 512  # tokens of a prompt that the pipeline's call keeps by default
 

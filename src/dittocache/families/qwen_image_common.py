@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,17 @@ from dittocache.data.pictures import picture_size
 from dittocache.data.sample import Sample
 from dittocache.errors import ModelError
 from dittocache.families.base import Artifact, ArtifactInput, Sizes, Tensors, TrainingInputs, TransformerAdapter
-from dittocache.families.encoding import is_wanted
 from dittocache.families.flow_matching import interpolate, pad_prompts, picture_shapes, stack
 from dittocache.families.loading import load_components
-from dittocache.families.loss_masks import LOSS_MASK, loss_mask, mask_artifact, mask_pictures
+from dittocache.families.loss_masks import LOSS_MASK, mask_artifact, mask_pictures
+from dittocache.families.packed_latents import (
+    PACKED_PIXELS,
+    encode_pictures,
+    facts_of,
+    packed_shapes,
+    target_request,
+    vae_requests,
+)
 from dittocache.families.pictures import (
     PictureRequest,
     Pictures,
@@ -33,10 +40,9 @@ from dittocache.families.pictures import (
 from dittocache.families.qwen_image_encoding import (
     CONTROL_MULTIPLE,
     EMPTY_PROMPT,
-    PACKED_PIXELS,
     Row,
-    encode_pictures,
     encode_prompts,
+    packed_latents,
     prompt_template,
 )
 from dittocache.families.qwen_processor import image_backend, load_still_image_processor
@@ -114,7 +120,7 @@ class QwenImageFamily(ABC):
             **self.prompt_facts(),
             **({**request_facts(shown[0]), "image_backend": image_backend()} if shown else {}),
         }
-        artifacts = [Artifact("image_latents", "vae", target, {**request_facts(_target(sample)), **latents})]
+        artifacts = [Artifact("image_latents", "vae", target, {**request_facts(target_request(sample)), **latents})]
         for request in self.controls(sample, sizes)[:1]:
             artifacts.append(Artifact("control_latents", "vae", controls, {**request_facts(request), **latents}))
         return (
@@ -140,7 +146,9 @@ class QwenImageFamily(ABC):
         """Target and controls for the VAE, what is shown to the text encoder, and the loss mask for none."""
         if encoder == "text_encoder":
             return self.condition_pictures(sample, sizes) if wanted is None or wanted else []
-        by_artifact = {LOSS_MASK: mask_pictures(sample)} if encoder is None else self._requests(sample, sizes)
+        by_artifact: dict[str, Sequence[PictureRequest]] = {LOSS_MASK: mask_pictures(sample)}
+        if encoder is not None:
+            by_artifact = vae_requests(sample, self.controls(sample, sizes))
         return [one for name in by_artifact if wanted is None or name in wanted for one in by_artifact[name]]
 
     @torch.no_grad()
@@ -164,14 +172,14 @@ class QwenImageFamily(ABC):
         Raises DataError naming a picture that cannot be read, ModelError for an unknown encoder.
         """
         if encoder is None:
-            return [self._facts(sample, sizes, wanted, index, pictures) for index, sample in enumerate(samples)]
-        largest_batch = max(len(samples), 1) if together else 1
-        if encoder == "vae":
-            requests = [
-                {name: parts for name, parts in self._requests(sample, sizes).items() if is_wanted(wanted, index, name)}
+            return [
+                facts_of(sample, partial(self._shapes, sample, sizes, picture_size), pictures, wanted, index)
                 for index, sample in enumerate(samples)
             ]
-            return encode_pictures(pipe, requests, pictures, largest_batch)
+        largest_batch = max(len(samples), 1) if together else 1
+        if encoder == "vae":
+            requests = [vae_requests(sample, self.controls(sample, sizes)) for sample in samples]
+            return encode_pictures(pipe, requests, wanted, pictures, partial(packed_latents, pipe.vae), largest_batch)
         if encoder == "text_encoder":
             shown = [self.condition_pictures(sample, sizes) for sample in samples]
             return encode_prompts(pipe, samples, shown, self.embed_prompts, wanted, pictures, largest_batch)
@@ -202,33 +210,13 @@ class QwenImageFamily(ABC):
             select=lambda output: output[:, :tokens],
         )
 
-    def _requests(self, sample: Sample, sizes: Sizes) -> dict[str, list[PictureRequest]]:
-        """What the VAE encodes, by artifact."""
-        controls = self.controls(sample, sizes)
-        return {"image_latents": [_target(sample)], **({"control_latents": controls} if controls else {})}
-
-    def _facts(
-        self, sample: Sample, sizes: Sizes, wanted: Sequence[Collection[str]] | None, index: int, pictures: Pictures
-    ) -> Tensors:
-        """The artifacts that need no encoder."""
-        facts: Tensors = {}
-        if is_wanted(wanted, index, "img_shapes"):
-            facts["img_shapes"] = torch.tensor(self._shapes(sample, sizes, picture_size), dtype=torch.int32)
-        if sample.mask is not None and is_wanted(wanted, index, LOSS_MASK):
-            facts[LOSS_MASK] = loss_mask(sample, PACKED_PIXELS, pictures)
-        return facts
-
     def _shapes(self, sample: Sample, sizes: Sizes, size_of: SizeOf) -> list[tuple[int, int, int]]:
         """Frames, height and width in packed latents of the target and of each control."""
         pictures = [sample.size, *(requested_size(one, size_of) for one in self.controls(sample, sizes))]
-        return [(1, height // PACKED_PIXELS, width // PACKED_PIXELS) for width, height in pictures]
+        return packed_shapes(pictures)
 
 
 def control_request(sample: Sample, path: Path, side: int | None) -> PictureRequest:
     """A control of about the area of a square of `side` pixels, or of its own."""
     area = None if side is None else side**2
     return PictureRequest(path, area=area, multiple=CONTROL_MULTIPLE, flipped=sample.flipped)
-
-
-def _target(sample: Sample) -> PictureRequest:
-    return PictureRequest(sample.target, size=sample.size, flipped=sample.flipped, cropped=sample.cropped)

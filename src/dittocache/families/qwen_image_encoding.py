@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from typing import Any
 
@@ -11,14 +11,12 @@ import torch
 from PIL import Image
 
 from dittocache.data.sample import Sample
-from dittocache.errors import ModelError
 from dittocache.families.base import Tensors
 from dittocache.families.encoding import encode_distinct, is_wanted, without_padding
 from dittocache.families.loading import diffusers_class
 from dittocache.families.pictures import PictureRequest, Pictures
 
 EMPTY_PROMPT = ""  # the pipeline's template still surrounds it
-PACKED_PIXELS = 16  # pixels a side of one packed latent token: 8 by the VAE, 2 by packing
 CONTROL_MULTIPLE = 32  # the edit pipelines' calculate_dimensions rounds to it
 
 Row = tuple[Sequence[Image.Image], str]  # the pictures that the text encoder sees, and the words
@@ -34,32 +32,7 @@ def prompt_template(pipeline_class_name: str) -> tuple[str, int]:
     return pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx
 
 
-def encode_pictures(
-    pipe: Any, requests: Sequence[Mapping[str, Sequence[PictureRequest]]], pictures: Pictures, largest_batch: int
-) -> list[Tensors]:
-    """For each sample the packed latents `(tokens, 64)` of each artifact's pictures, one picture after the other.
-
-    Raises ModelError for a VAE that makes latents of another size.
-    """
-    if pipe.vae_scale_factor * 2 != PACKED_PIXELS:
-        raise ModelError(
-            f"the VAE makes one packed latent of {pipe.vae_scale_factor * 2} pixels a side; expected {PACKED_PIXELS}"
-        )
-    distinct = dict.fromkeys(one for by_artifact in requests for parts in by_artifact.values() for one in parts)
-    preprocessed = {one: pipe.image_processor.preprocess(pictures(one)) for one in distinct}  # (1, 3, H, W) each
-    latents = encode_distinct(
-        distinct,
-        lambda batch: _packed_latents(pipe.vae, torch.cat([preprocessed[one] for one in batch])),
-        largest_batch,
-        alike=lambda one: preprocessed[one].shape,
-    )
-    return [
-        {name: torch.cat([latents[one] for one in parts]) for name, parts in by_artifact.items()}
-        for by_artifact in requests
-    ]
-
-
-def _packed_latents(vae: Any, pictures: torch.Tensor) -> Sequence[torch.Tensor]:
+def packed_latents(vae: Any, pictures: torch.Tensor) -> Sequence[torch.Tensor]:
     """Packed latents `(tokens, 64)` of each preprocessed picture of `(B, 3, H, W)`."""
     from diffusers import QwenImageEditPlusPipeline
 

@@ -8,9 +8,10 @@ price of one read from the device a call.
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,7 +24,10 @@ from torch import nn
 from dittocache.families.active_adapters import adapters_of
 from dittocache.families.base import StepAdapter, TokenLayout
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_BRANCH = "default"
+_CUT_SHORT = 3  # runs in a row that ended behind their first step before anything is said of it
 _WAITING = 7  # runs beside the one whose turn it is; a broken-off run whose prompt somebody holds never ends by itself
 
 _request: ContextVar[str | None] = ContextVar("dittocache_request", default=None)
@@ -130,14 +134,21 @@ class RunClock:
         adapter: the model's transformer side, None for a model that only has an extractor.
         scheduler: the pipeline's, None for a bare transformer.
         num_inference_steps: where the scheduler cannot tell.
+        say: takes a remark for the user.
     """
 
     def __init__(
-        self, adapter: StepAdapter | None = None, scheduler: Any = None, num_inference_steps: int | None = None
+        self,
+        adapter: StepAdapter | None = None,
+        scheduler: Any = None,
+        num_inference_steps: int | None = None,
+        say: Callable[[str], None] = logger.warning,
     ) -> None:
         self._adapter = adapter
         self._scheduler = scheduler
         self._steps = num_inference_steps
+        self._say = say
+        self._cut_short = 0
         self._current: DenoisingCall | None = None
         self._runs = 0
         self._read: object = None
@@ -190,21 +201,16 @@ class RunClock:
         return now, max(0.0, 2 * now - at.levels_by_hand[1])
 
     def _locate(self, module: nn.Module, announced: Any, forward_kwargs: Mapping[str, Any]) -> DenoisingCall:
-        layout = None
-        if self._adapter is not None:
-            layout = self._adapter.token_layout(module, forward_kwargs)
-            forward_kwargs = self._adapter.run_arguments(forward_kwargs)
-        hidden_states = forward_kwargs.get("hidden_states")
-        signature: object = (layout, adapters_of(module))
-        if isinstance(hidden_states, torch.Tensor):
-            # References may be left out of later steps; the layout counts them all the same.
-            shape = hidden_states.shape if layout is None else (hidden_states.shape[0], *hidden_states.shape[2:])
-            signature = (shape, hidden_states.dtype, hidden_states.device, signature)
+        arguments = forward_kwargs if self._adapter is None else self._adapter.run_arguments(forward_kwargs)
+        layout, signature = self._signed(module, forward_kwargs, arguments)
         name = None if announced is None else announced.name
-        timestep, text = forward_kwargs.get("timestep"), forward_kwargs.get("encoder_hidden_states")
-        self._turn_to(name, text)
+        timestep, text = arguments.get("timestep"), arguments.get("encoder_hidden_states")
+        self._turn_to(name, text, timestep)
         new_run, sibling = self._advance(name, timestep, signature, announced)
         at = self._at
+        if new_run and self._adapter is not None:
+            self._adapter.begin_run(forward_kwargs)
+            layout, signature = self._signed(module, forward_kwargs, arguments)
         if new_run:
             self._runs += 1
             at.run, at.seen, at.fresh, at.texts = self._runs, [], False, {}
@@ -215,7 +221,20 @@ class RunClock:
             at.texts[name] = weakref.ref(text)
         return DenoisingCall(at.run, branch, at.step, at.steps, layout)
 
-    def _turn_to(self, name: str | None, text: Any) -> None:
+    def _signed(
+        self, module: nn.Module, forward_kwargs: Mapping[str, Any], arguments: Mapping[str, Any]
+    ) -> tuple[TokenLayout | None, object]:
+        """(layout of the tokens, what stays the same within a run)."""
+        layout = None if self._adapter is None else self._adapter.token_layout(module, forward_kwargs)
+        signature: object = (layout, adapters_of(module))
+        hidden_states = arguments.get("hidden_states")
+        if isinstance(hidden_states, torch.Tensor):
+            # References may be left out of later steps; the layout counts them all the same.
+            shape = hidden_states.shape if layout is None else (hidden_states.shape[0], *hidden_states.shape[2:])
+            signature = (shape, hidden_states.dtype, hidden_states.device, signature)
+        return layout, signature
+
+    def _turn_to(self, name: str | None, text: Any, timestep: Any) -> None:
         """Find the run that this call belongs to: by the request that was named, else by its prompt embeddings."""
         wanted = _request.get()
         under_way = [place for place in (self._at, *self._places) if place is self._at or place.can_go_on]
@@ -224,9 +243,21 @@ class RunClock:
         # A pipeline that names no branch passes other embeddings for each of them.
         told_apart = wanted is None and (name is not None or self._scheduler is None)
         if told_apart and found.is_of_another(name, text):
+            self._heed(found, timestep)
             found = _Place(None)
         others = [place for place in under_way if place is not found and place.can_go_on]
         self._at, self._places = found, others[:_WAITING]
+
+    def _heed(self, before: _Place, timestep: Any) -> None:
+        """Say it where new prompt embeddings at falling timesteps end one run after the other behind its first step."""
+        falls = before.step == 0 and not before.fresh and _value(timestep) < _value(before.timestep)
+        self._cut_short = self._cut_short + 1 if falls else 0
+        if self._cut_short == _CUT_SHORT:
+            self._say(
+                "the transformer gets new prompt embeddings at every step, beside the former ones that are still held: "
+                "each step counts as a run of its own, so none is skipped and no reference is reused. Pass the same "
+                'tensors at every step, or say whose they are: `with dittocache.request("a"):`'
+            )
 
     def _advance(self, name: str | None, timestep: Any, signature: object, announced: Any) -> tuple[bool, bool]:
         """Move the place by one call: (a new run?, an unnamed branch beside others of this step?)."""

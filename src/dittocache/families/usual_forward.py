@@ -20,6 +20,9 @@ class UsualForward:
         """The arguments as they are."""
         return forward_kwargs
 
+    def begin_run(self, forward_kwargs: Mapping[str, Any]) -> None:
+        """Nothing is remembered."""
+
     def must_run(self, forward_kwargs: Mapping[str, Any]) -> bool:
         """No step leaves anything behind in the model."""
         return False

@@ -202,10 +202,10 @@ def _variant(maker: _Maker, edit: Edit, number: int, way: Way) -> dict[str, Any]
 
 
 def _patterns(trace: Trace) -> dict[str, list[str]]:
-    """What each step did, by branch: `computed`, `refreshed` (references computed too) or `skipped`."""
+    """What each step did, by branch: `computed`, `refreshed` (references too), `kept` (kept ones used), `skipped`."""
     patterns: dict[str, list[str]] = {}
     for step in trace.steps:
-        computed = "refreshed" if step.references == "computed" else "computed"
+        computed = {"computed": "refreshed", "reused": "kept", None: "computed"}[step.references]
         patterns.setdefault(step.branch, []).append("skipped" if step.decision == "skipped" else computed)
     return patterns
 

@@ -27,11 +27,14 @@ MEMORY_SETTINGS = ("gradient_checkpointing", "base_quantization", "offload")
 ANY_FAMILY = "qwen-image-edit-plus"  # of the strictest sizes: what a data set is read for where the model is not known
 
 
-def quick_config(data: str | None, model: str | None, overrides: Settings, notice: Notice) -> RunConfig:
+def quick_config(
+    data: str | None, model: str | None, overrides: Settings, notice: Notice, named_cache: str | None = None
+) -> RunConfig:
     """The settings of the run that trains `model` on `data`; `overrides` win, and `notice` is told what was chosen.
 
     A run of this name that is there already goes on with its own settings. Raises ConfigError listing every problem:
-    what is missing, a folder without captions, an unknown model, a misspelt setting.
+    what is missing, a folder without captions, an unknown model, a misspelt setting. `named_cache` as for
+    `check_config`.
     """
     problems = [
         f"{option} is missing: give {what}"
@@ -45,7 +48,7 @@ def quick_config(data: str | None, model: str | None, overrides: Settings, notic
     given: dict[str, Any] = {**places, **overrides}
     config = _checked({}, given, problems) or check_config({}, places)  # a misspelt setting hides no other problem
     if not problems and (config.run_dir / CONFIG_NAME).is_file():
-        return _started(config, overrides, notice)
+        return _started(config, overrides, notice, named_cache)
     family = _family_name(config, problems) if model is not None else None
     suggested = {**GENERAL, **(_bundled() if model == BUNDLED else suggested_settings(family or ""))}
     config = _checked(suggested, given, problems) or config
@@ -56,7 +59,7 @@ def quick_config(data: str | None, model: str | None, overrides: Settings, notic
     notice(f"run {config.run_dir}: {count} samples, a {family}; its settings will be in {config.run_dir / CONFIG_NAME}")
     suggested |= _chosen_steps(config, count, notice)
     suggested |= _chosen_memory(config, notice)
-    return check_config({}, given, defaults=suggested)
+    return check_config({}, given, defaults=suggested, named_cache=named_cache)
 
 
 def run_name(data: str) -> str:
@@ -80,7 +83,7 @@ def _checked(defaults: Settings, given: Settings, problems: list[str]) -> RunCon
         return None
 
 
-def _started(config: RunConfig, overrides: Settings, notice: Notice) -> RunConfig:
+def _started(config: RunConfig, overrides: Settings, notice: Notice, named_cache: str | None) -> RunConfig:
     """The settings of the run that is there; raises ConfigError where it is of other data or another model."""
     file = config.run_dir / CONFIG_NAME
     found = load_config(file)
@@ -91,7 +94,7 @@ def _started(config: RunConfig, overrides: Settings, notice: Notice) -> RunConfi
             "give this one another --name"
         )
     notice(f"going on with the settings of {file}; --name NAME begins another run")
-    return load_config(file, overrides)
+    return load_config(file, overrides, named_cache)
 
 
 def _family_name(config: RunConfig, problems: list[str]) -> str | None:

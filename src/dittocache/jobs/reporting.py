@@ -8,32 +8,32 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from dittocache.embeddings.planning.manifest import Manifest
 from dittocache.errors import StageError
 from dittocache.events import Event, EventLog, read_events
 from dittocache.families.pictures import open_picture
 from dittocache.jobs.generation import fitted
 from dittocache.jobs.inputs import RunInputs
-from dittocache.jobs.run_folder import EVENTS_NAME, REPORT_NAME, WORKFLOW
+from dittocache.jobs.run_folder import EVENTS_NAME, REPORT_NAME, TUNING_NAME, WORKFLOW
 from dittocache.quality.machine import describe_machine
 from dittocache.quality.report import write_report
+from dittocache.quality.report_caches import CachesSection, ComparedEdit, SkipPattern, Variant
 from dittocache.quality.report_data import (
     BeforeAfterSection,
     CachedArtifact,
     CachedSection,
-    CachesSection,
-    ComparedEdit,
     HeldOutEdit,
     LossSection,
     Report,
     SamplePair,
     SamplesSection,
-    SkipPattern,
     TrainingSpeed,
     TrainingSpeedSection,
-    Variant,
 )
 from dittocache.quality.report_json import report_as_dict
+from dittocache.quality.report_tuning import TuningPoint, TuningSection
 
 SHOWN_SAMPLES = 6
 
@@ -58,6 +58,7 @@ def report(inputs: RunInputs, log: EventLog) -> None:
         loss=_loss(found),
         before_after=_before_after(inputs, found),
         caches=_caches(inputs, found),
+        tuning=_tuning(inputs.run_dir / TUNING_NAME),
     )
     path = write_report(page, inputs.run_dir / REPORT_NAME)
     numbers = json.dumps(report_as_dict(page), indent=1, allow_nan=False)
@@ -161,12 +162,12 @@ def _before_after(inputs: RunInputs, found: Findings) -> BeforeAfterSection | No
         return None
     edits = []
     for row in generated["edits"]:
-        if row.get("lora") and row["target"] and row["source"]:
+        if row.get("lora") and row["target"]:
             lora = open_picture(inputs.run_dir / row["lora"])
             edits.append(
                 HeldOutEdit(
                     caption=row["caption"],
-                    source=fitted(Path(row["source"]), lora.size),
+                    source=_source(row, lora.size),
                     base=open_picture(inputs.run_dir / row["base"]),
                     lora=lora,
                     target=fitted(Path(row["target"]), lora.size),
@@ -176,12 +177,10 @@ def _before_after(inputs: RunInputs, found: Findings) -> BeforeAfterSection | No
 
 
 def _caches(inputs: RunInputs, found: Findings) -> CachesSection | None:
-    rows = [row for row in found.of("generate").get("compared", ()) if row["source"]]
     edits = []
-    for row in rows:
+    for row in found.of("generate").get("compared", ()):
         variants = tuple(_variant(variant, inputs.run_dir) for variant in row["variants"])
-        source = fitted(Path(row["source"]), variants[0].picture.size)
-        edits.append(ComparedEdit(row["caption"], source, variants))
+        edits.append(ComparedEdit(row["caption"], _source(row, variants[0].picture.size), variants))
     return CachesSection(tuple(edits)) if edits else None
 
 
@@ -194,4 +193,31 @@ def _variant(row: Mapping[str, Any], run_dir: Path) -> Variant:
         patterns=tuple(SkipPattern(branch, tuple(marks)) for branch, marks in row["patterns"].items()),
         settings=row["settings"],
         bytes_held=row["bytes_held"],
+        notes=tuple(row.get("notes", ())),
+    )
+
+
+def _source(row: Mapping[str, Any], size: tuple[int, int]) -> Image.Image | None:
+    return fitted(Path(row["source"]), size) if row["source"] else None
+
+
+def _tuning(path: Path) -> TuningSection | None:
+    """What `tune` has left; None where it never ran in this folder. Raises StageError for a damaged file."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        points = tuple(_tuning_point(row, content["settings"]) for row in content["curve"])
+        return TuningSection(points, content["words"]) if points else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise StageError(f"{path} cannot be read ({error}); run `dittocache tune` again, or remove it") from error
+
+
+def _tuning_point(row: Mapping[str, Any], recommended: Mapping[str, Any] | None) -> TuningPoint:
+    numbers = ("speedup", "wall", "psnr", "psnr_worst", "ssim", "ssim_worst", "flip", "flip_worst")
+    return TuningPoint(
+        label=row["setting"],
+        plain=row["teacache"] is None,
+        chosen=recommended is not None and row["teacache"] == recommended and row["steps"] is None,
+        **{name: float(row[name]) for name in numbers},
     )

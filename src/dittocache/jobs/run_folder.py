@@ -36,6 +36,7 @@ CHECKPOINTS_NAME = "checkpoints"
 SAMPLES_NAME = "samples"
 REPORT_NAME = "report.html"
 PROFILE_NAME = "profile.json"
+TUNING_NAME = "tuning/tuning.json"
 CACHED_NAME = "cached.txt"
 WORKERS_NAME = "workers"
 WORKFLOW = "workflow"  # stage name of the events that belong to no single stage

@@ -18,13 +18,14 @@ from dittocache.events import EventLog, Progress
 from dittocache.families.denoiser import find_denoiser
 from dittocache.jobs.calibration import record
 from dittocache.jobs.inputs import RunInputs
-from dittocache.jobs.run_folder import PROFILE_NAME
+from dittocache.jobs.run_folder import PROFILE_NAME, TUNING_NAME
 from dittocache.jobs.tuning_requests import Request, load_pipeline, plain_picture, requests_of, run_print, save_profile
 from dittocache.quality.calibration.fitting import calibrated
 from dittocache.quality.calibration.recording import Recording, Subject
 from dittocache.quality.metrics_lpips import lpips
-from dittocache.quality.tuning.curve import Point, pareto, plot_curve, table
+from dittocache.quality.tuning.curve import Point, plot_curve, table
 from dittocache.quality.tuning.measurement import Ledger
+from dittocache.quality.tuning.pareto import pareto
 from dittocache.quality.tuning.settings import PLAIN, Method, Setting, all_methods
 from dittocache.quality.tuning.target import Target
 from dittocache.quality.tuning.tune import TIMED, Tuned
@@ -85,7 +86,7 @@ def tune(inputs: RunInputs, log: EventLog) -> None:
         words=found.words,
     )
     summary = {"words": found.words, "curve": [_row(point) for point in found.measured], "settings": recommended}
-    (inputs.run_dir / FOLDER / "tuning.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    (inputs.run_dir / TUNING_NAME).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ the same size: a picture that was resized to fit is not the picture that was mad
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -99,6 +99,11 @@ def psnr(a: Picture, b: Picture) -> float:
 def capped(decibels: float) -> float:
     """A PSNR that can be averaged and written as JSON: at most `PSNR_CAP`."""
     return min(decibels, PSNR_CAP)
+
+
+def mean(values: Sequence[float]) -> float:
+    """Of the metrics of several pictures; not a number where there are none."""
+    return sum(values) / len(values) if values else math.nan
 
 
 def ssim(a: Picture, b: Picture) -> float:

@@ -19,15 +19,11 @@ from PIL import Image
 from dittocache.quality import units
 from dittocache.quality.loss_curve import loss_svg, smoothed, smoothing_window
 from dittocache.quality.metrics import PSNR_CAP
+from dittocache.quality.pareto_curve import pareto_svg
 from dittocache.quality.pictures import amplification, data_uri, difference_map
-from dittocache.quality.report_data import (
-    BeforeAfterSection,
-    CachesSection,
-    ComparedEdit,
-    HeldOutEdit,
-    LossSection,
-    Report,
-)
+from dittocache.quality.report_caches import CachesSection, ComparedEdit
+from dittocache.quality.report_data import BeforeAfterSection, HeldOutEdit, LossSection, Report
+from dittocache.quality.report_tuning import TuningSection
 from dittocache.quality.verdict import against_baseline, compose_verdict, key_numbers
 
 SECTIONS = (
@@ -37,6 +33,7 @@ SECTIONS = (
     ("loss", "Loss curve"),
     ("before_after", "Before and after"),
     ("caches", "Caches compared"),
+    ("tuning", "Speed beside quality"),
 )
 """Field of `Report` and heading, in the order of the page; each has its template `section_FIELD.html.j2`."""
 
@@ -76,6 +73,7 @@ def render_report(report: Report, largest_side: int = 768) -> str:
         "loss": _loss_view(report.loss) if report.loss else None,
         "before_after": _before_after_view(report.before_after) if report.before_after else None,
         "caches": caches,
+        "tuning": _tuning_view(report.tuning) if report.tuning else None,
         "against_uncached": _against_uncached,
         "difference": partial(difference_map, factor=caches.factor if caches else 1),
     }
@@ -103,6 +101,7 @@ def _environment(largest_side: int) -> Environment:
             "gain": _unbroken(units.gain_text),
             "ratio": units.ratio_text,
             "similarity": units.similarity_text,
+            "perceived": units.perceived_text,
             "count": units.count_text,
             "plural": units.plural,
             "date": _date_text,
@@ -120,7 +119,11 @@ def _against_uncached(edit: ComparedEdit, index: int) -> list[str]:
     """The lines below a picture that say how near it is to the uncached one."""
     if edit.variants[index].role == "uncached":
         return []
-    return [units.decibels_text(edit.psnrs[index]), f"SSIM {units.similarity_text(edit.ssims[index])}"]
+    return [
+        units.decibels_text(edit.psnrs[index]),
+        f"SSIM {units.similarity_text(edit.ssims[index])}",
+        f"FLIP {units.perceived_text(edit.flips[index])}",
+    ]
 
 
 def _date_text(date: datetime) -> str:
@@ -155,6 +158,23 @@ def _loss_view(section: LossSection) -> _LossView:
 
 def _loss_text(loss: float) -> str:
     return units.three_digits(loss) if math.isfinite(loss) else "not a number"
+
+
+@dataclass(frozen=True)
+class _TuningView:
+    wide: Markup
+    narrow: Markup
+    description: str
+
+
+def _tuning_view(section: TuningSection) -> _TuningView:
+    """Two drawings, as of the loss."""
+    fastest = section.front[-1]
+    description = (
+        f"Of {units.plural(len(section.points), 'setting')} nothing beats {len(section.front)}; the fastest of them, "
+        f"{fastest.label}, has {units.ratio_text(fastest.speedup)} at {units.decibels_text(fastest.psnr)}."
+    )
+    return _TuningView(pareto_svg(section, 960, 360), pareto_svg(section, 370, 300), description)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ _COMPUTED = (
     "skipped",
     "psnrs",
     "ssims",
+    "flips",
     "summaries",
     "speedup",
 )

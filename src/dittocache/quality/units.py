@@ -61,6 +61,15 @@ def similarity_text(similarity: float) -> str:
     return _signed_minus(f"{min(similarity, 0.9999):.4f}" if similarity > 0.9995 else f"{similarity:.3f}")
 
 
+def perceived_text(flip: float) -> str:
+    """`0.01234` -> `0.012`, a small one with as many digits as it needs. Only an exact 0 is written `0`."""
+    if math.isnan(flip):
+        return UNKNOWN
+    if flip == 0.0:
+        return "0"
+    return f"{flip:.3f}" if flip >= 0.0095 else f"{max(flip, 0.0001):.4f}"
+
+
 def count_text(count: float) -> str:
     """`28.0` -> `28`, `14.5` -> `14.5`, `12000` -> `12,000`."""
     if math.isnan(count):

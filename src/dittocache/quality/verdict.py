@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from dittocache.quality.metrics import capped
-from dittocache.quality.report_data import CachesSection, Report, VariantSummary
+from dittocache.quality.report_caches import CachesSection, VariantSummary
+from dittocache.quality.report_data import Report
 from dittocache.quality.units import bytes_text, decibels_text, gain_text, plural, ratio_text
 
 

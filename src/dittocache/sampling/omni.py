@@ -9,6 +9,7 @@ YAML file, and the command line.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from pydantic import Field, ValidationError, model_validator
 from dittocache.errors import ConfigError, ModelError
 from dittocache.families.loading import component_names, load_components, model_index
 from dittocache.families.registry import FAMILIES
+from dittocache.sampling.cache_keys import ADAPTER_VARIABLE, in_guides_words
 from dittocache.sampling.session import cached
 from dittocache.sampling.trace import Trace
 from dittocache.settings import Settings
@@ -28,11 +30,7 @@ from dittocache.teacache.adapter import TeaCacheAdapter
 from dittocache.teacache.apply import CACHE_ADAPTERS
 from dittocache.teacache.config import TeaCacheConfig
 
-ADAPTER_VARIABLE = "DIFFUSION_CACHE_ADAPTER"
-"""Environment variable that names the cache where the configuration does not."""
-
-_FEATURE_CACHING = {"tea": "tea_cache", "nocaching": "none", "none": "none"}
-_LIGHTX2V_CACHE_KEYS = ("teacache_thresh", "coefficients", "infer_steps")
+logger = logging.getLogger(__name__)
 
 
 class OmniDiffusionConfig(Settings):
@@ -93,22 +91,7 @@ class OmniDiffusionConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _understand_lightx2v(cls, settings: Any) -> Any:
-        if not isinstance(settings, dict):
-            return settings
-        settings = dict(settings)
-        caching = settings.pop("feature_caching", None)
-        if caching is not None:
-            known = _FEATURE_CACHING.get(str(caching).lower())
-            if known is None:
-                raise ValueError(f"feature_caching: found {caching!r}; expected Tea or NoCaching")
-            settings.setdefault("cache_adapter", known)
-        beside = {key: settings.pop(key) for key in _LIGHTX2V_CACHE_KEYS if key in settings}
-        if "infer_steps" in beside:
-            beside["num_inference_steps"] = beside.pop("infer_steps")
-        if beside:
-            inside = settings.get("cache_config") or {}
-            settings["cache_config"] = {**beside, **(inside if isinstance(inside, Mapping) else inside.model_dump())}
-        return settings
+        return in_guides_words(settings) if isinstance(settings, dict) else settings
 
     @model_validator(mode="before")
     @classmethod
@@ -156,6 +139,8 @@ class Omni:
             adapter = TeaCacheAdapter(self.settings)
             adapter.apply(self.pipeline)
             adapter.remove(self.pipeline)
+        elif config.cache_config is not None and "cache_adapter" not in config.model_fields_set:
+            logger.warning("cache_config is given, but no cache: set cache_adapter to tea_cache to use it")
         self.trace = Trace()
         """What the cache did in the last call of `generate`."""
 
@@ -165,9 +150,12 @@ class Omni:
         The state of the cache belongs to this call: nothing of it is left afterwards, also on an exception.
 
         Args:
-            prompt, num_inference_steps: as the pipeline takes them.
+            prompt, num_inference_steps: as the pipeline takes them; the steps of `cache_config` (LightX2V's
+                `infer_steps`) when left out.
             options: further arguments of the pipeline: `image`, `generator`, `true_cfg_scale`, ...
         """
+        if num_inference_steps is None and self.settings is not None:
+            num_inference_steps = self.settings.num_inference_steps
         if num_inference_steps is not None:
             options["num_inference_steps"] = num_inference_steps
         with cached(self.pipeline, self.settings) as trace, torch.no_grad():

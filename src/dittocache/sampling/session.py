@@ -61,11 +61,12 @@ def cached(
         )
     trace = Trace()
     steps = None if teacache is None else teacache.num_inference_steps
-    clock = RunClock(step_adapter_of(module), denoiser.scheduler, steps)
 
     def note(remark: str) -> None:
         trace.notes.append(remark)
         logger.warning(remark)
+
+    clock = RunClock(step_adapter_of(module), denoiser.scheduler, steps, note)
 
     with ExitStack() as undo:
         caches: list[CacheHook] = []

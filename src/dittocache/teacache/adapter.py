@@ -68,7 +68,7 @@ class TeaCacheAdapter:
         model_type = self._model_type(denoiser)
         family = None if model_type is None else family_adapter(model_type)
         if clock is None:
-            clock = RunClock(family, denoiser.scheduler, self.config.num_inference_steps)
+            clock = RunClock(family, denoiser.scheduler, self.config.num_inference_steps, say)
         stack: BlockStack = WholeForward() if model_type is None else _stack(model_type, family)
         chosen = refine(step_cache(self.config, self._policy(model_type), stack))
         hook = TeaCacheHook(chosen, stack, clock, say)

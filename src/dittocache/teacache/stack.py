@@ -155,23 +155,14 @@ class StockStack:
             self._input = self._output = None  # they would keep a step's activations alive
 
 
-class WholeForward:
-    """A transformer that nobody has taken apart: enough to predict its output, without a signal or a residual."""
-
-    signal_is_shared = True
+class _Undescribed:
+    """A model whose forward's arguments nobody has described: they stay whole, and nothing is watched."""
 
     def attach(self, module: nn.Module) -> None:
         """Nothing to watch."""
 
     def detach(self) -> None:
         """Nothing was watched."""
-
-    def extract(self, module: nn.Module, forward_kwargs: Mapping[str, Any], layout: TokenLayout | None) -> CacheContext:
-        """There is no extractor: StepCacheError."""
-        raise StepCacheError(
-            f"nobody knows the blocks of {type(module).__name__}: add an extractor with register_extractor, or predict "
-            "the output with the error gate"
-        )
 
     def samples(self, forward_kwargs: Mapping[str, Any]) -> int:
         """Rows of the first argument that is a picture for each sample."""
@@ -184,6 +175,19 @@ class WholeForward:
     def must_run(self, forward_kwargs: Mapping[str, Any]) -> bool:
         """Nobody said so."""
         return False
+
+
+class WholeForward(_Undescribed):
+    """A transformer that nobody has taken apart: enough to predict its output, without a signal or a residual."""
+
+    signal_is_shared = True
+
+    def extract(self, module: nn.Module, forward_kwargs: Mapping[str, Any], layout: TokenLayout | None) -> CacheContext:
+        """There is no extractor: StepCacheError."""
+        raise StepCacheError(
+            f"nobody knows the blocks of {type(module).__name__}: add an extractor with register_extractor, or predict "
+            "the output with the error gate"
+        )
 
     def compute(
         self,
@@ -197,7 +201,7 @@ class WholeForward:
         return forward(**forward_kwargs), None
 
 
-class ExtractorStack:
+class ExtractorStack(_Undescribed):
     """A user's extractor, run by its own functions; its signal may differ between CFG branches."""
 
     signal_is_shared = False
@@ -205,29 +209,11 @@ class ExtractorStack:
     def __init__(self, extractor: Extractor) -> None:
         self._extractor = extractor
 
-    def attach(self, module: nn.Module) -> None:
-        """Nothing to watch."""
-
-    def detach(self) -> None:
-        """Nothing was watched."""
-
     def extract(self, module: nn.Module, forward_kwargs: Mapping[str, Any], layout: TokenLayout | None) -> CacheContext:
         """The extractor's context, validated."""
         context = self._extractor(module, **forward_kwargs)
         context.validate()
         return context
-
-    def samples(self, forward_kwargs: Mapping[str, Any]) -> int:
-        """Rows of the first argument that is a picture for each sample."""
-        return first_length(forward_kwargs)
-
-    def rows(self, forward_kwargs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any] | None:
-        """Nobody knows which of its arguments have a row for each sample."""
-        return None
-
-    def must_run(self, forward_kwargs: Mapping[str, Any]) -> bool:
-        """Nobody said so."""
-        return False
 
     def compute(
         self,

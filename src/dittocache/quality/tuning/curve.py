@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dittocache.quality.tuning.measurement import Measurement, mean_speedup, values_of, wall_speedup
+from dittocache.quality.tuning.pareto import pareto
 from dittocache.quality.tuning.settings import Setting
 
 
@@ -55,15 +56,6 @@ def point_of(setting: Setting, measured: Sequence[Measurement]) -> Point:
         lpips=statistics.fmean(lpips) if lpips else None,
         lpips_worst=max(lpips) if lpips else None,
     )
-
-
-def pareto(points: Sequence[Point]) -> list[Point]:
-    """The points that no other one beats in both speed (by passes) and mean PSNR, from slow to fast."""
-    front: list[Point] = []
-    for point in sorted(points, key=lambda one: (-one.speedup, -one.psnr)):
-        if not front or point.psnr > front[-1].psnr:
-            front.append(point)
-    return front[::-1]
 
 
 def table(points: Sequence[Point]) -> str:
