@@ -46,6 +46,20 @@ class AttentionStandIn:
     def _parallel_config(self, config: Any) -> None:
         self.stock._parallel_config = config
 
+    def _as_stock(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        image_rotary_emb: Any,
+        encoder_hidden_states_mask: torch.Tensor | None,
+    ) -> Any:
+        """The stock processor itself; FLUX's takes no mask of the text."""
+        masks = {"attention_mask": attention_mask, "encoder_hidden_states_mask": encoder_hidden_states_mask}
+        given = {name: mask for name, mask in masks.items() if mask is not None}
+        return self.stock(attn, hidden_states, encoder_hidden_states, image_rotary_emb=image_rotary_emb, **given)
+
     def _attend(
         self, attn: Any, joint: JointQKV, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> Any:
@@ -102,9 +116,14 @@ class ReferenceAttention(AttentionStandIn):
     ) -> Any:
         """What the stock processor returns, for the tokens of `hidden_states` `(B, tokens, D)`."""
         if self._is_stock():
-            masks = {"attention_mask": attention_mask, "encoder_hidden_states_mask": encoder_hidden_states_mask}
-            given = {name: mask for name, mask in masks.items() if mask is not None}
-            return self.stock(attn, hidden_states, encoder_hidden_states, image_rotary_emb=image_rotary_emb, **given)
+            return self._as_stock(
+                attn,
+                hidden_states,
+                encoder_hidden_states,
+                attention_mask,
+                image_rotary_emb,
+                encoder_hidden_states_mask,
+            )
         joint = self._adapter.joint_qkv(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
         key, value = self._exchange(self._block, joint)  # (B, T + N + R, H, d)
         mask = key_mask(attention_mask, encoder_hidden_states_mask, key.shape[1])

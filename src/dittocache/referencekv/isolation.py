@@ -10,7 +10,8 @@ Shapes: B batch, T text tokens, N noise tokens, R reference tokens, D width, H h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,17 @@ class _Keys:
 
 
 class IsolatedAttention(AttentionStandIn):
-    """Attention of one half of a block: references over themselves, or text and noise over all keys."""
+    """Attention of one half of a block: references over themselves, or text and noise over all keys.
+
+    Args:
+        stock: the processor that it stands in for.
+        adapter: the model's transformer side.
+        isolation: that it belongs to; while it is suspended, the stock processor runs.
+    """
+
+    def __init__(self, stock: Any, adapter: TransformerAdapter, isolation: Isolation) -> None:
+        super().__init__(stock, adapter)
+        self._isolation = isolation
 
     # The attention modules pass only arguments that are named here, FLUX's the first five by position.
     def __call__(
@@ -79,6 +90,15 @@ class IsolatedAttention(AttentionStandIn):
         reference_keys: _Keys | None = None,
     ) -> Any:
         """What the stock processor returns, for the tokens of `hidden_states` `(B, tokens, D)`."""
+        if self._isolation.suspended:
+            return self._as_stock(
+                attn,
+                hidden_states,
+                encoder_hidden_states,
+                attention_mask,
+                image_rotary_emb,
+                encoder_hidden_states_mask,
+            )
         joint = self._adapter.joint_qkv(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
         key, value = joint.key, joint.value
         if reference_keys is None:
@@ -97,8 +117,11 @@ class IsolatedBlock(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
     The last block returns noise tokens only: nothing reads what becomes of the references behind it.
     """
 
-    def __init__(self, adapter: TransformerAdapter, attention: Any, index: int, last: bool) -> None:
+    def __init__(
+        self, isolation: Isolation, adapter: TransformerAdapter, attention: Any, index: int, last: bool
+    ) -> None:
         super().__init__()
+        self.isolation = isolation
         self._adapter = adapter
         self._attention = attention
         self._index = index
@@ -106,6 +129,9 @@ class IsolatedBlock(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
 
     def new_forward(self, block: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Called by diffusers in place of the block's forward; (text, image)."""
+        if self.isolation.suspended:
+            stock: tuple[torch.Tensor, torch.Tensor] = self.fn_ref.original_forward(*args, **kwargs)
+            return stock
         block_kwargs = bind_forward(block, args, kwargs)
         attention_kwargs = dict(block_kwargs.get("joint_attention_kwargs") or {})
         passing: ReferencePass | None = attention_kwargs.pop(PASSING, None)
@@ -139,13 +165,15 @@ class IsolatedBlock(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
 class SplitEmbedding(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
     """Embeds noise and references apart: a matrix product of fewer rows may round otherwise."""
 
-    def __init__(self, noise_tokens: Callable[[], int]) -> None:
+    def __init__(self, isolation: Isolation) -> None:
         super().__init__()
-        self._noise_tokens = noise_tokens
+        self._isolation = isolation
 
     def new_forward(self, embedder: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         """Called by diffusers in place of the embedder's forward; `(B, tokens, C)` to `(B, tokens, D)`."""
-        noise = self._noise_tokens()
+        if self._isolation.suspended:
+            return self.fn_ref.original_forward(hidden_states)
+        noise = self._isolation.noise_tokens()
         halves = (hidden_states[:, :noise], hidden_states[:, noise:])
         return torch.cat([self.fn_ref.original_forward(half) for half in halves if half.shape[1]], dim=1)
 
@@ -157,6 +185,7 @@ class Isolation:
         self._module: Any = module
         self._adapter = adapter
         self._blocks: list[Any] = list(adapter.blocks(module))
+        self.suspended = False
         self._passing: ReferencePass | None = None
         self._attention: list[tuple[Any, IsolatedAttention]] = []
         self._zero_cond_t = [part for part in (module, *self._blocks) if getattr(part, "zero_cond_t", False)]
@@ -185,17 +214,33 @@ class Isolation:
             part.zero_cond_t = True
         self._handles, self._attention, self._hooked, self._zero_cond_t, self._passing = [], [], [], [], None
 
+    @contextmanager
+    def suspend(self) -> Iterator[None]:
+        """Within, the transformer computes as if its references had never been isolated."""
+        before = self.suspended
+        self._suspend(True)
+        try:
+            yield
+        finally:
+            self._suspend(before)
+
+    def _suspend(self, suspended: bool) -> None:
+        self.suspended = suspended
+        for part in self._zero_cond_t:
+            part.zero_cond_t = suspended
+
     def _apply(self) -> None:
         for part in self._zero_cond_t:  # references have a call of their own, at t = 0
             part.zero_cond_t = False
         for attention in self._adapter.attention_modules(self._module):
-            stand_in = IsolatedAttention(attention.processor, self._adapter)
+            stand_in = IsolatedAttention(attention.processor, self._adapter, self)
             attention.set_processor(stand_in)  # type: ignore[operator]
             self._attention.append((attention, stand_in))
         for index, block in enumerate(self._blocks):
-            hook = IsolatedBlock(self._adapter, self._attention[index][0], index, index == len(self._blocks) - 1)
+            last = index == len(self._blocks) - 1
+            hook = IsolatedBlock(self, self._adapter, self._attention[index][0], index, last)
             self._hook(block, hook)
-        self._hook(self._adapter.image_embedder(self._module), SplitEmbedding(self._noise_tokens))
+        self._hook(self._adapter.image_embedder(self._module), SplitEmbedding(self))
         embedder = self._adapter.timestep_embedder(self._module)
         self._handles = [
             # Before all hooks of diffusers, those of the caches too: they are given the pass among the arguments.
@@ -207,12 +252,15 @@ class Isolation:
         HookRegistry.check_if_exists_or_initialize(part).register_hook(hook, ISOLATION_HOOK)
         self._hooked.append(part)
 
-    def _noise_tokens(self) -> int:
+    def noise_tokens(self) -> int:
+        """Of the call that is under way; ReferenceCacheError where there is none."""
         if self._passing is None:
             raise ReferenceCacheError(_OUTSIDE)
         return self._passing.layout.noise
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], Any]:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], Any] | None:
+        if self.suspended:
+            return None
         forward_kwargs = bind_forward(module, args, kwargs)
         layout = self._adapter.token_layout(module, forward_kwargs)
         if layout.reference == 0:
@@ -230,7 +278,7 @@ class Isolation:
 
     def _embed(self, embedder: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         """Here, within the forward: offloading has brought the weights to the device, and autocast is on."""
-        if self._passing is not None and self._passing.temb is None:
+        if not self.suspended and self._passing is not None and self._passing.temb is None:
             self._passing.temb = embedder.forward(*self._adapter.reference_conditioning(args))
 
 
@@ -238,6 +286,23 @@ _OUTSIDE = (
     "a block of a transformer with isolated references was run outside of the transformer's own call; call the "
     "transformer itself, not its forward() or its blocks"
 )
+
+
+@contextmanager
+def references_in_full(module: nn.Module) -> Iterator[None]:
+    """Within, references of this transformer see everything, as in the stock model, whether they are isolated or not.
+
+    Raises ReferenceCacheError while a reference KV cache is on.
+    """
+    hooks = [hook for part in module.modules() if (hook := installed_hook(part, ISOLATION_HOOK)) is not None]
+    isolation: Isolation | None = next((hook.isolation for hook in hooks if isinstance(hook, IsolatedBlock)), None)
+    if isolation is None:
+        yield
+        return
+    if installed_hook(module, REFERENCE_KV_HOOK) is not None:
+        raise ReferenceCacheError("the reference KV cache is on for this transformer; remove it first")
+    with isolation.suspend():
+        yield
 
 
 def isolate_references(target: Any) -> Isolation:
