@@ -1,4 +1,4 @@
-"""What the model itself would do, without its LoRA and with full visibility: a target to train isolated references to."""
+"""The model itself, without its LoRA and with full visibility: a target to train isolated references to."""
 
 from __future__ import annotations
 
