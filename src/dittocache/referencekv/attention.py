@@ -5,7 +5,6 @@ Shapes: B batch, T text tokens, N noise tokens, R reference tokens, H heads, d h
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from torch import nn
 
 from dittocache.errors import ReferenceCacheError
 from dittocache.families.base import JointQKV, TransformerAdapter
-
-Exchange = Callable[[int, JointQKV], tuple[torch.Tensor, torch.Tensor]]
 
 
 class AttentionStandIn:
@@ -83,26 +80,19 @@ class AttentionStandIn:
 class ReferenceAttention(AttentionStandIn):
     """Attention of a block whose references are computed in some steps and remembered in others.
 
-    Args:
-        stock: the processor that it stands in for.
-        block: number of the block: its slot.
-        adapter: the model's transformer side.
-        exchange: takes (block, Q K V of the tokens that are there), gives the keys and values to attend to.
-        is_stock: whether this step runs the stock processor.
+    It says nothing of the block that it is in, so that compiled blocks share their graphs.
+
+    Attributes:
+        given: K and V of the references to attend to, each `(B, R, H, d)`; None: they are among the tokens.
+        leaves: number of reference tokens, last among the tokens, whose K and V are left behind; 0: none.
+        left: K and V that were left behind.
     """
 
-    def __init__(
-        self,
-        stock: Any,
-        block: int,
-        adapter: TransformerAdapter,
-        exchange: Exchange,
-        is_stock: Callable[[], bool],
-    ) -> None:
+    def __init__(self, stock: Any, adapter: TransformerAdapter) -> None:
         super().__init__(stock, adapter)
-        self._block = block
-        self._exchange = exchange
-        self._is_stock = is_stock
+        self.given: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.leaves = 0
+        self.left: tuple[torch.Tensor, torch.Tensor] | None = None
 
     # The attention modules pass only arguments that are named here, FLUX's the first five by position.
     def __call__(
@@ -115,7 +105,7 @@ class ReferenceAttention(AttentionStandIn):
         encoder_hidden_states_mask: torch.Tensor | None = None,
     ) -> Any:
         """What the stock processor returns, for the tokens of `hidden_states` `(B, tokens, D)`."""
-        if self._is_stock():
+        if self.given is None and self.leaves == 0:
             return self._as_stock(
                 attn,
                 hidden_states,
@@ -125,7 +115,12 @@ class ReferenceAttention(AttentionStandIn):
                 encoder_hidden_states_mask,
             )
         joint = self._adapter.joint_qkv(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
-        key, value = self._exchange(self._block, joint)  # (B, T + N + R, H, d)
+        key, value = joint.key, joint.value
+        if self.given is not None:
+            key, value = (torch.cat(pair, dim=1) for pair in zip((key, value), self.given, strict=True))
+        else:
+            first = key.shape[1] - self.leaves
+            self.left = key[:, first:], value[:, first:]
         mask = key_mask(attention_mask, encoder_hidden_states_mask, key.shape[1])
         return self._attend(attn, joint, key, value, mask)
 

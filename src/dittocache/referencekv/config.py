@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from dittocache.settings import Settings
 
+DRIFT_TOLERANCE = 0.05
+Refresh = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=0)], ...] | Literal["adaptive"] | None
 Storage = Literal["auto", "native", "fp8", "modulated_input"]
 
 
 class ReferenceKVConfig(Settings):
     """Keys and values of reference tokens are kept per block and reused in later steps."""
 
-    refresh: int | None = Field(default=None, ge=1)
-    """References are computed anew every so many computed steps; None: only at the first; 1: every step, as stock."""
+    mode: Literal["auto", "exact", "approx"] = "auto"
+    """`exact`: references see references only, and their keys and values never change; an error where the checkpoint is
+    not known to be trained for it. `approx`: they are refreshed. `auto`: exact where it is known to be right."""
+
+    refresh: Refresh = None
+    """When references are computed anew (`approx`): every so many computed steps (1: always, as stock), at named steps
+    (`[0, 3, 6]`, counted from 0; `[0]`: never again), or `adaptive`, as soon as they are expected to have drifted
+    beyond `drift_tolerance`. What is best for the model and the number of steps when left out."""
+
+    extrapolate: bool | None = None
+    """Between refreshes, continue the line through the last two in sigma. Where refreshes are regular when left out."""
+
+    drift_tolerance: float = Field(default=DRIFT_TOLERANCE, gt=0)
+    """Relative change of the keys that is let pass before the next refresh (`refresh: adaptive`)."""
+
+    freeze_from_layer: int | None = Field(default=None, ge=1)
+    """Keep references from this layer on, counted from 0, and compute them at every step in the layers before it; all
+    layers keep them when left out."""
 
     storage: Storage = "auto"
     """What is kept of a reference token. `native`: K and V as computed. `fp8`: both in 8 bits, half the memory, with a
@@ -29,3 +47,65 @@ class ReferenceKVConfig(Settings):
     reuse_across_calls: bool = False
     """Keep them when a call of the pipeline ends, for the next one with the same references: other prompts, seeds,
     numbers of steps. Only where they are exact; the memory is free at the end of the session."""
+
+    @property
+    def in_short(self) -> str:
+        """When references are refreshed, in a few words."""
+        if self.mode == "exact":
+            return "exact"
+        if self.refresh is None:
+            return "refreshed as usual"
+        if self.refresh == "adaptive":
+            return f"drift_tolerance {self.drift_tolerance:g}"
+        if isinstance(self.refresh, int):
+            return f"refresh {self.refresh}"
+        return "first step only" if self.refresh == (0,) else f"refresh at steps {', '.join(map(str, self.refresh))}"
+
+    @field_validator("refresh", mode="before")
+    @classmethod
+    def _refresh_is_no_switch(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError(f"refresh is a number of steps, a list of steps or adaptive, found {value}")
+        return value
+
+    @field_validator("refresh", mode="after")
+    @classmethod
+    def _steps_are_counted_from_0(cls, value: Refresh) -> Refresh:
+        if not isinstance(value, tuple):
+            return value
+        if 0 not in value or len(set(value)) != len(value):
+            raise ValueError(f"refresh must list steps once each, step 0 among them, found {list(value)}")
+        return tuple(sorted(value))
+
+    @model_validator(mode="after")
+    def _exact_references_never_change(self) -> Self:
+        if self.mode != "exact":
+            return self
+        for name in ("refresh", "extrapolate", "drift_tolerance", "freeze_from_layer"):
+            if name in self.model_fields_set and getattr(self, name) not in (None, False):
+                raise ValueError(f"mode 'exact' keeps references as they are, so {name} says nothing; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _tolerance_belongs_to_adaptive(self) -> Self:
+        if self.drift_tolerance != DRIFT_TOLERANCE and self.refresh != "adaptive":
+            raise ValueError(
+                f"drift_tolerance is read by refresh 'adaptive' only, found refresh {self.refresh!r}; set refresh: "
+                "adaptive, or leave drift_tolerance out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_line_needs_two_refreshes(self) -> Self:
+        if self.extrapolate and (self.refresh == 1 or (isinstance(self.refresh, tuple) and len(self.refresh) < 2)):
+            raise ValueError(
+                "extrapolate continues the line through two refreshes into steps without one; refresh "
+                f"{list(self.refresh) if isinstance(self.refresh, tuple) else self.refresh} leaves none to continue"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _only_exact_references_outlive_a_call(self) -> Self:
+        if self.reuse_across_calls and self.mode == "approx":
+            raise ValueError("reuse_across_calls is for exact references; mode 'approx' computes them for each call")
+        return self

@@ -1,0 +1,46 @@
+"""From the settings to the rule of one run: what is exact, and what is usual where nothing is said."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dittocache.errors import ReferenceCacheError
+from dittocache.families.base import TransformerAdapter
+from dittocache.referencekv.config import ReferenceKVConfig
+from dittocache.referencekv.policy import EXACT, RefreshRule
+
+
+def rule_of(config: ReferenceKVConfig, steps: int | None, exact: bool) -> RefreshRule:
+    """When a run of `steps` steps refreshes its references; None: nobody knows how many there are."""
+    if config.mode == "exact" or (exact and config.mode == "auto" and config.refresh is None):
+        return EXACT
+    refresh = config.refresh
+    if refresh is None:
+        rule = usual_rule(steps)
+    elif refresh == "adaptive":
+        rule = RefreshRule(tolerance=config.drift_tolerance, extrapolate=True)
+    elif isinstance(refresh, int):
+        rule = RefreshRule(every=refresh, extrapolate=refresh > 1)
+    else:
+        rule = RefreshRule(steps=refresh, extrapolate=len(refresh) > 1)
+    if config.extrapolate is not None:
+        rule = RefreshRule(rule.every, rule.steps, rule.tolerance, config.extrapolate)
+    return rule
+
+
+def usual_rule(steps: int | None) -> RefreshRule:
+    """What is best for most pictures, measured on the bundled model (docs/reference-kv.md)."""
+    if steps is not None and steps <= 4:
+        return RefreshRule(steps=(0, 1))
+    return RefreshRule(every=4, extrapolate=True)
+
+
+def check_mode(config: ReferenceKVConfig, adapter: TransformerAdapter, module: nn.Module) -> None:
+    """Raise ReferenceCacheError where exact references are asked for and this checkpoint is not known to have them."""
+    if config.mode != "exact" or adapter.reference_is_exact(module):
+        return
+    raise ReferenceCacheError(
+        f"mode 'exact' asks this {type(module).__name__} for references that never change, but its references are "
+        "not isolated: they see the noise, or follow the timestep. Load a LoRA that was trained with isolated "
+        "references and call isolate_references(pipe), or take mode 'approx'"
+    )
