@@ -70,7 +70,7 @@ def cached(
     with ExitStack() as undo:
         caches: list[CacheHook] = []
         if reference_kv is not None:
-            caches.append(apply_reference_kv(target, reference_kv, clock))
+            caches.append(apply_reference_kv(target, reference_kv, clock, note))
             undo.callback(remove_reference_kv, target)
         if teacache is not None:  # registered later, so it stands around the reference cache
             if reference_kv is not None:  # keys and values are kept for the batch as a whole
