@@ -183,7 +183,7 @@ class QwenImageTransformerAdapter(UsualForward):
         return is_isolated(module)
 
 
-def _heads(attn: Any, projected: torch.Tensor, norm: nn.Module | None, freqs: torch.Tensor | None) -> torch.Tensor:
+def _heads(attn: Any, projected: Any, norm: nn.Module | None, freqs: torch.Tensor | None) -> Any:
     """`(B, tokens, H * d)` as `(B, tokens, H, d)`, normalised and rotated."""
     from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 
@@ -191,7 +191,7 @@ def _heads(attn: Any, projected: torch.Tensor, norm: nn.Module | None, freqs: to
     split = split if norm is None else norm(split)
     if freqs is None or split.shape[1] == 0:  # no text, beside isolated references: nothing to rotate
         return split
-    return cast(torch.Tensor, apply_rotary_emb_qwen(split, freqs, use_real=False))
+    return apply_rotary_emb_qwen(split, freqs, use_real=False)
 
 
 def _shapes_of(img_shapes: Any) -> list[Sequence[tuple[int, int, int]]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
@@ -172,7 +172,7 @@ class SplitEmbedding(ModelHook):  # type: ignore[misc]  # diffusers counts as An
     def new_forward(self, embedder: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         """Called by diffusers in place of the embedder's forward; `(B, tokens, C)` to `(B, tokens, D)`."""
         if self._isolation.suspended:
-            return self.fn_ref.original_forward(hidden_states)
+            return cast(torch.Tensor, self.fn_ref.original_forward(hidden_states))
         noise = self._isolation.noise_tokens()
         halves = (hidden_states[:, :noise], hidden_states[:, noise:])
         return torch.cat([self.fn_ref.original_forward(half) for half in halves if half.shape[1]], dim=1)

@@ -2,54 +2,149 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import logging
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 
+from dittocache.referencekv.config import ReferenceKVConfig
+from dittocache.referencekv.memory import Placement, ReferenceSize, choose, gb
+from dittocache.referencekv.offload import DeviceBlocks, OffloadedBlocks, Tensors, link_to
+from dittocache.referencekv.storage import NATIVE, KeyValue, ReferenceSource
+
+logger = logging.getLogger(__name__)
+
+Decide = Callable[[torch.Tensor, ReferenceSource | None], Placement]
+"""Takes K, `(B, R, H, d)`, and what it comes from; says how a set of such is kept."""
+
+
+def _as_computed(key: torch.Tensor, source: ReferenceSource | None) -> Placement:
+    return Placement(NATIVE, offload=False)
+
 
 class BranchKV:
-    """What one CFG branch keeps: K after norm and RoPE, and V, of the R reference tokens, `(B, R, H, d)` a block."""
+    """What one CFG branch keeps: K after norm and RoPE, and V, of the R reference tokens, `(B, R, H, d)` a block.
 
-    def __init__(self, blocks: int) -> None:
-        self._slots: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * blocks
+    Args:
+        decide: is asked how to keep them whenever they are computed; as computed by default.
+    """
+
+    def __init__(self, decide: Decide = _as_computed) -> None:
+        self._decide = decide
+        self._restore: dict[int, Callable[[Tensors], KeyValue]] = {}
+        self._kept: DeviceBlocks | OffloadedBlocks = DeviceBlocks()
+        self._frequencies: tuple[torch.Tensor, ...] | None = None
+        self.placement: Placement | None = None
+        """How they are kept; None before the first was put."""
         self.reused: int | None = None
         """Computed steps since the slots were filled; None while they are not all filled."""
-        self.bytes_held = 0
+
+    @property
+    def holds_any(self) -> bool:
+        """Whether any slot is filled."""
+        return bool(self._restore)
+
+    @property
+    def bytes_held(self) -> int:
+        """Memory on the device, at most."""
+        return self._kept.device_bytes
+
+    @property
+    def host_bytes_held(self) -> int:
+        """Memory on the host."""
+        return self._kept.host_bytes
 
     def begin_filling(self) -> None:
         """Empty the slots: until `filled()` they hold nothing that may be read."""
-        self._slots = [None] * len(self._slots)
-        self.reused = None
-        self.bytes_held = 0
+        self._restore, self._frequencies, self.reused = {}, None, None
+        self._kept.empty()
 
-    def put(self, block: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Keep copies: a slice would keep the keys of all tokens alive."""
-        kept = key.detach().clone(), value.detach().clone()
-        self._slots[block] = kept
-        self.bytes_held += sum(tensor.numel() * tensor.element_size() for tensor in kept)
+    def put(self, block: int, key: torch.Tensor, value: torch.Tensor, source: ReferenceSource | None = None) -> None:
+        """Keep copies: a slice would keep the keys of all tokens alive.
+
+        Args:
+            source: what they are computed from, where that may be kept in their stead.
+        """
+        if not self._restore:
+            self._settle(self._decide(key, source), key.device)
+        self._keep(block, key.detach(), value.detach(), source)
 
     def filled(self) -> None:
         """Every block has put its keys and values."""
         self.reused = 0
 
-    def take(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def take(self, block: int) -> KeyValue:
         """Keys and values of one block; RuntimeError where the block never ran, which only a broken forward can do."""
-        slot = self._slots[block]
-        if slot is None:
+        restore = self._restore.get(block)
+        if restore is None:
             raise RuntimeError(f"block {block} has no reference keys and values, although the step before was full")
-        return slot
+        return restore(self._kept.take(block))
+
+    def move(self, placement: Placement) -> None:
+        """Keep what is here in another way."""
+        if placement == self.placement or not self._restore:
+            return
+        before, restore = self._kept, self._restore
+        self._restore = {}
+        for block in restore:
+            key, value = restore[block](before.take(block))
+            self._settle(placement, key.device)
+            self._keep(block, key, value, None)
+            if before is not self._kept:
+                before.drop(block)
+
+    def _settle(self, placement: Placement, device: torch.device) -> None:
+        if placement.offload != isinstance(self._kept, OffloadedBlocks):
+            self._kept = OffloadedBlocks(link_to(device)) if placement.offload else DeviceBlocks()
+        self.placement = placement
+
+    def _keep(self, block: int, key: torch.Tensor, value: torch.Tensor, source: ReferenceSource | None) -> None:
+        if self.placement is None:
+            raise RuntimeError("nobody has said how references are kept")
+        if source is not None and not self.placement.form.from_key_value:
+            if self._frequencies is None:  # all blocks have the same
+                self._frequencies = tuple(one.detach().clone() for one in source.frequencies)
+            source = replace(source, modulated=source.modulated.detach(), frequencies=self._frequencies)
+        packed = self.placement.form.pack(key, value, source)
+        self._restore[block] = packed.restore
+        copied = packed.fresh or self.placement.offload
+        self._kept.put(block, packed.tensors if copied else tuple(tensor.clone() for tensor in packed.tensors))
 
 
 class RunKV:
-    """All branches of the runs that are under way."""
+    """All branches of the runs that are under way, kept so that together they fit a budget.
 
-    def __init__(self, blocks: int) -> None:
+    Args:
+        blocks: of the transformer.
+        config: storage, offloading and budget.
+        exact: whether references are exact, and are to stay so.
+        say: takes a remark for the user.
+    """
+
+    def __init__(
+        self,
+        blocks: int,
+        config: ReferenceKVConfig | None = None,
+        exact: bool = False,
+        say: Callable[[str], None] = logger.warning,
+    ) -> None:
         self._blocks = blocks
+        self._config = config or ReferenceKVConfig()
+        self._exact = exact
+        self._say = say
+        self._said: set[Placement] = set()
         self._branches: dict[tuple[int, str], BranchKV] = {}
+        self._sizes: dict[tuple[int, str], ReferenceSize] = {}
+        self.predicted_bytes = 0
+        """Most memory on the device that references were expected to take, when they were about to be kept."""
 
     def branch(self, run: int, name: str) -> BranchKV:
         """The branch of this run and name, empty at first."""
-        return self._branches.setdefault((run, name), BranchKV(self._blocks))
+        if (run, name) not in self._branches:
+            self._branches[run, name] = BranchKV(partial(self._decide, (run, name)))
+        return self._branches[run, name]
 
     def knows(self, run: int) -> bool:
         """Whether something of this run is kept."""
@@ -58,8 +153,52 @@ class RunKV:
     def clear(self, but: Collection[int] = ()) -> None:
         """Free everything, or all but what belongs to some runs."""
         self._branches = {key: branch for key, branch in self._branches.items() if key[0] in but}
+        self._sizes = {key: size for key, size in self._sizes.items() if key in self._branches}
 
     @property
     def bytes_held(self) -> int:
         """Device memory of all branches."""
         return sum(branch.bytes_held for branch in self._branches.values())
+
+    @property
+    def host_bytes_held(self) -> int:
+        """Memory on the host of all branches."""
+        return sum(branch.host_bytes_held for branch in self._branches.values())
+
+    def _decide(self, asking: tuple[int, str], key: torch.Tensor, source: ReferenceSource | None) -> Placement:
+        """How a set of K like `key` is kept; what is kept already follows suit."""
+        size = self._sizes[asking] = ReferenceSize(
+            tokens=key.shape[1],
+            batch=key.shape[0],
+            layers=self._blocks - (self._config.freeze_from_layer or 0),
+            heads=key.shape[2],
+            head_width=key.shape[3],
+            width=key.shape[2] * key.shape[3] if source is None else source.modulated.shape[2],
+            element_size=key.element_size(),
+        )
+        sizes = [self._sizes.get(name, size) for name in self._branches]  # a set that comes later will be like this one
+        others = [branch for name, branch in self._branches.items() if name != asking and branch.holds_any]
+        placement = choose(
+            self._config,
+            sizes,
+            exact=self._exact,
+            on_host=key.device.type != "cpu",
+            current=others[0].placement if others else None,
+        )
+        for branch in others:
+            branch.move(placement)
+        self.predicted_bytes = max(self.predicted_bytes, placement.device_bytes(sizes))
+        self._remark(placement, sizes)
+        return placement
+
+    def _remark(self, placement: Placement, sizes: Sequence[ReferenceSize]) -> None:
+        if self._config.max_gb is None or placement in self._said:
+            return
+        self._said.add(placement)
+        plain = Placement(NATIVE, offload=False)
+        remark = f"references are kept as {placement.words}: {gb(placement.device_bytes(sizes))} on the device"
+        if placement.offload:
+            remark += f", {gb(placement.host_bytes(sizes))} on the host"
+        if placement != plain:
+            remark += f"; as computed they would take {gb(plain.device_bytes(sizes))}"
+        self._say(f"{remark} (max_gb {self._config.max_gb:g})")
