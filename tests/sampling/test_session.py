@@ -12,6 +12,7 @@ from tests.denoising import EDIT, Pipeline, equal, fail_in, flux_transformer, qw
 
 from dittocache.errors import ModelError, ReferenceCacheError, StepCacheError
 from dittocache.referencekv.config import ReferenceKVConfig
+from dittocache.referencekv.prediction import BranchReferences
 from dittocache.sampling.session import cached
 from dittocache.teacache.config import TeaCacheConfig
 
@@ -53,16 +54,24 @@ def test_refreshes_count_computed_steps() -> None:
     assert marks(trace) == marks(trace, "uncond") == "c..r..cr"
 
 
-def test_a_skipped_step_touches_no_keys_and_values() -> None:
-    model, ran = qwen_transformer(), []
+def test_a_skipped_step_touches_no_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, touched = qwen_transformer(), []
+
+    def noted(name: str) -> Any:
+        within = getattr(BranchReferences, name)
+
+        def note(self: Any, block: int, *rest: Any) -> Any:
+            touched.append((name, block))
+            return within(self, block, *rest)
+
+        return note
+
+    for name in ("put", "take"):
+        monkeypatch.setattr(BranchReferences, name, noted(name))
     with cached(model, SKIPPING, ReferenceKVConfig(refresh=(0,))) as trace:
-        for block in model.transformer_blocks:
-            processor = block.attn.processor
-            exchange = processor._exchange
-            processor._exchange = lambda index, joint, exchange=exchange: ran.append(index) or exchange(index, joint)
         velocities(model, EDIT, STEPS)
     assert marks(trace) == "c..r..rr"
-    assert ran == [0, 1, 2] * 4
+    assert touched == [(name, block) for name in ("put", "take", "take", "take") for block in range(3)]
 
 
 def test_together_each_computed_step_is_what_the_reference_cache_alone_gives() -> None:
