@@ -5,6 +5,7 @@ Shapes: B batch, T text tokens, N noise tokens, R reference tokens, H heads, d h
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torch import nn
 
 from dittocache.errors import ReferenceCacheError
 from dittocache.families.base import JointQKV, TransformerAdapter
+from dittocache.referencekv.storage import KeyValue, ReferenceSource
+
+ReferenceInput = tuple[torch.Tensor, tuple[torch.Tensor, ...]]
 
 
 class AttentionStandIn:
@@ -57,6 +61,11 @@ class AttentionStandIn:
         given = {name: mask for name, mask in masks.items() if mask is not None}
         return self.stock(attn, hidden_states, encoder_hidden_states, image_rotary_emb=image_rotary_emb, **given)
 
+    def _input_of(self, hidden_states: torch.Tensor, image_rotary_emb: Any, references: int) -> ReferenceInput:
+        """What K and V of the references, last among the tokens, are computed from."""
+        first = hidden_states.shape[1] - references
+        return hidden_states[:, first:], self._adapter.reference_frequencies(image_rotary_emb, references)
+
     def _attend(
         self, attn: Any, joint: JointQKV, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> Any:
@@ -85,14 +94,22 @@ class ReferenceAttention(AttentionStandIn):
     Attributes:
         given: K and V of the references to attend to, each `(B, R, H, d)`; None: they are among the tokens.
         leaves: number of reference tokens, last among the tokens, whose K and V are left behind; 0: none.
+        leaves_input: whether what they are computed from is left behind too.
         left: K and V that were left behind.
+        left_input: what the attention was given for them, `(B, R, D)`, and their RoPE frequencies.
     """
 
     def __init__(self, stock: Any, adapter: TransformerAdapter) -> None:
         super().__init__(stock, adapter)
         self.given: tuple[torch.Tensor, torch.Tensor] | None = None
         self.leaves = 0
+        self.leaves_input = False
         self.left: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.left_input: ReferenceInput | None = None
+
+    def rest(self) -> None:
+        """Be the stock processor again."""
+        self.given, self.leaves, self.leaves_input, self.left, self.left_input = None, 0, False, None, None
 
     # The attention modules pass only arguments that are named here, FLUX's the first five by position.
     def __call__(
@@ -121,8 +138,31 @@ class ReferenceAttention(AttentionStandIn):
         else:
             first = key.shape[1] - self.leaves
             self.left = key[:, first:], value[:, first:]
+            if self.leaves_input:
+                self.left_input = self._input_of(hidden_states, image_rotary_emb, self.leaves)
         mask = key_mask(attention_mask, encoder_hidden_states_mask, key.shape[1])
         return self._attend(attn, joint, key, value, mask)
+
+
+def source_of(adapter: TransformerAdapter, attention: Any, given: ReferenceInput | None) -> ReferenceSource | None:
+    """What K and V of one block's references are computed from, from what its attention has left behind."""
+    if given is None:
+        return None
+    modulated, frequencies = given
+    return ReferenceSource(modulated, frequencies, partial(_project, adapter, attention))
+
+
+def _project(
+    adapter: TransformerAdapter, attention: Any, modulated: torch.Tensor, frequencies: tuple[torch.Tensor, ...]
+) -> KeyValue:
+    weight: torch.Tensor = next(attention.to_k.parameters())
+    if weight.device != modulated.device:
+        raise ReferenceCacheError(
+            f"storage 'modulated_input' computes keys and values of references anew before each block, but the weights "
+            f"of this block are on {weight.device}, its input on {modulated.device}: offloading brings them in later; "
+            "set storage to native or fp8, or offload: true"
+        )
+    return adapter.reference_kv(attention, modulated, frequencies)
 
 
 def key_mask(attention_mask: torch.Tensor | None, text_mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:

@@ -19,13 +19,13 @@ from dittocache.families.base import TokenLayout, TransformerAdapter
 from dittocache.families.denoiser import REFERENCE_KV_HOOK, find_denoiser, installed_hook, is_isolated, remove_hook
 from dittocache.families.registry import adapter_of
 from dittocache.families.run_clock import BranchListener, DenoisingCall, RunClock, bind_forward
-from dittocache.referencekv.attention import ReferenceAttention, check_attention
+from dittocache.referencekv.attention import ReferenceAttention, check_attention, source_of
 from dittocache.referencekv.blocks import AroundBlocks
 from dittocache.referencekv.config import ReferenceKVConfig
 from dittocache.referencekv.isolation import PASSING, ReferencePass
 from dittocache.referencekv.policy import refresh_now
 from dittocache.referencekv.prediction import BranchReferences
-from dittocache.referencekv.rules import check_mode, rule_of
+from dittocache.referencekv.rules import check_settings, rule_of
 from dittocache.referencekv.store import RunKV
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
         say: takes a remark for the user, at most once each.
 
     Attributes:
+        config: the settings.
         enabled: False: every step is the stock one, and nothing is kept.
     """
 
@@ -71,7 +72,7 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
         super().__init__()
         self.branch_listener = BranchListener()
         self.enabled = True
-        self._config = config
+        self.config = config
         self._adapter = adapter
         self._clock = clock
         self._by_hand = by_hand
@@ -86,6 +87,7 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
         self._around = AroundBlocks((), self._before_block, self._after_block)
         self._attention: list[tuple[Any, ReferenceAttention]] = []
         self._isolated = False
+        self._first_kept = config.freeze_from_layer or 0
 
     @property
     def bytes_held(self) -> int:
@@ -98,7 +100,7 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
         Blocks with isolated references give and take keys and values by themselves.
         """
         modules: list[Any] = list(self._adapter.attention_modules(module))
-        self._kept = RunKV(len(modules))
+        self._kept = RunKV(len(modules), self.config, self._adapter.reference_is_exact(module), self._say)
         self._isolated = is_isolated(module)
         if self._isolated:
             return module
@@ -173,15 +175,18 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
         if not full:
             return self._cached(branch, forward_kwargs, layout, sigma)
         branch.watch.keep(references)
-        return self._full(branch, forward_kwargs, layout, call.step, sigma)
+        output = self._full(branch, forward_kwargs, layout, call.step, sigma)
+        call.drift = branch.drift
+        return output
 
     def _branch(self, module: nn.Module, call: DenoisingCall) -> BranchReferences:
         key = call.run, call.branch
         if key not in self._branches:
-            rule = rule_of(self._config, call.steps, self._adapter.reference_is_exact(module))
+            rule = rule_of(self.config, call.steps, self._adapter.reference_is_exact(module))
             newest = self._kept.branch(*key)
             older = self._kept.branch(call.run, f"{call.branch}, before") if rule.extrapolate else None
-            self._branches[key] = BranchReferences(rule, newest, older, len(self._attention))
+            blocks = range(self._first_kept, len(self._adapter.blocks(module)))
+            self._branches[key] = BranchReferences(rule, newest, older, blocks)
         return self._branches[key]
 
     def _full(
@@ -201,8 +206,10 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
         branch.aim(sigma)
         if self._isolated:
             self._passing(forward_kwargs).take = branch.take
+        if self._first_kept == 0:
+            forward_kwargs = self._adapter.noise_only(forward_kwargs, layout)
         with self._running(layout, reading=branch):
-            output = self.fn_ref.original_forward(**self._adapter.noise_only(forward_kwargs, layout))
+            output = self.fn_ref.original_forward(**forward_kwargs)
         branch.reuse()
         return output
 
@@ -218,12 +225,15 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
         finally:
             self._filling = self._reading = None
             for _, stand_in in self._attention:
-                stand_in.given, stand_in.leaves, stand_in.left = None, 0, None
+                stand_in.rest()
 
     def _before_block(self, number: int, args: tuple[Any, ...], block_kwargs: dict[str, Any]) -> dict[str, Any]:
+        if number < self._first_kept:
+            return block_kwargs
         _, attention = self._attention[number]
         if self._filling is not None:
             attention.leaves = self._layout.reference
+            attention.leaves_input = self.config.storage == "modulated_input"
         if self._reading is None:
             return block_kwargs
         if args:
@@ -232,14 +242,16 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
                 "is for sampling: run it under torch.no_grad()"
             )
         attention.given = self._reading.take(number)
+        if number == self._first_kept:  # references came as far as here
+            block_kwargs = {**block_kwargs, "hidden_states": block_kwargs["hidden_states"][:, : self._layout.noise]}
         # The forward still makes positions and modulation for all image tokens.
         return self._adapter.noise_only_block(block_kwargs, self._layout)
 
     def _after_block(self, number: int, output: Any) -> None:
-        _, attention = self._attention[number]
+        module, attention = self._attention[number]
         if self._filling is not None and attention.left is not None:
-            self._filling.put(number, *attention.left)
-        attention.given, attention.leaves, attention.left = None, 0, None
+            self._filling.put(number, *attention.left, source_of(self._adapter, module, attention.left_input))
+        attention.rest()
 
     def _passing(self, forward_kwargs: dict[str, Any]) -> ReferencePass:
         """What the isolation has put among the arguments of this call."""
@@ -277,7 +289,7 @@ def apply_reference_kv(
             f"the reference KV cache is on for this {type(denoiser.module).__name__} already; "
             "remove it before applying it again"
         )
-    check_mode(config, adapter, denoiser.module)
+    check_settings(config, adapter, denoiser.module)
     if not is_isolated(denoiser.module):
         check_attention(denoiser.module, adapter, "the reference KV cache")
     by_hand = denoiser.scheduler is None

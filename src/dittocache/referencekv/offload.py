@@ -8,6 +8,7 @@ plain, and wait.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -144,11 +145,13 @@ class OffloadedBlocks:
     """What is kept of each block, on the host; the next block's is brought in while one is computed.
 
     Args:
-        link: to the device.
+        link_to: makes the link to a device; a transformer may be spread over several.
     """
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
+    def __init__(self, link_to: Callable[[torch.device], Link]) -> None:
+        self._link_to = link_to
+        self._links: dict[torch.device, Link] = {}
+        self._link_of: dict[int, Link] = {}
         self._host: dict[int, Tensors] = {}
         self._filled: set[int] = set()
         self._arriving: dict[int, Arriving] = {}
@@ -170,7 +173,11 @@ class OffloadedBlocks:
     def put(self, block: int, tensors: Tensors) -> None:
         """Keep copies of these."""
         self._arriving.pop(block, None)
-        self._host[block] = self._link.send(tensors, self._host.get(block))
+        device = tensors[0].device
+        if device not in self._links:
+            self._links[device] = self._link_to(device)
+        self._link_of[block] = self._links[device]
+        self._host[block] = self._links[device].send(tensors, self._host.get(block))
         self._filled.add(block)
 
     def drop(self, block: int) -> None:
@@ -181,12 +188,15 @@ class OffloadedBlocks:
 
     def take(self, block: int) -> Tensors:
         """Those of `block` on the device; those of the block behind it set out, of the first behind the last."""
-        arriving = self._arriving.pop(block, None) or self._link.fetch(self._host[block])
+        arriving = self._arriving.pop(block, None) or self._fetch(block)
         following = min((other for other in self._filled if other > block), default=min(self._filled))
         # Others were fetched for a step that took another way; they would fill the device.
         kept = self._arriving.get(following)
-        self._arriving = {} if following == block else {following: kept or self._link.fetch(self._host[following])}
+        self._arriving = {} if following == block else {following: kept or self._fetch(following)}
         return arriving.landed()
+
+    def _fetch(self, block: int) -> Arriving:
+        return self._link_of[block].fetch(self._host[block])
 
 
 def _bytes(tensors: Tensors) -> int:

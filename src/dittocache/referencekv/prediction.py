@@ -7,9 +7,12 @@ is worse than none.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from dittocache.referencekv.policy import Kept, RefreshRule, slope_weight
+from dittocache.referencekv.storage import ReferenceSource
 from dittocache.referencekv.store import BranchKV
 from dittocache.referencekv.watch import ReferenceWatch
 
@@ -21,10 +24,11 @@ class BranchReferences:
         rule: when they are refreshed.
         newest: takes the first refresh.
         older: takes the second one, whereupon the two take turns; None: the last refresh alone is kept.
-        blocks: of the transformer; the keys of three of them are compared with their prediction at a refresh.
+        blocks: the numbers of those that keep references, in order; the keys of three of them are compared with their
+            prediction at a refresh.
     """
 
-    def __init__(self, rule: RefreshRule, newest: BranchKV, older: BranchKV | None, blocks: int) -> None:
+    def __init__(self, rule: RefreshRule, newest: BranchKV, older: BranchKV | None, blocks: Sequence[int]) -> None:
         self.rule = rule
         self.watch = ReferenceWatch()
         self.was_reused = False
@@ -32,7 +36,8 @@ class BranchReferences:
         """`|K - K predicted| / |K|` at the last refresh, 0-dim on the device; None where nothing was predicted."""
         self._newest = newest
         self._older = older
-        self._metered = sorted({blocks // 4, blocks // 2, 3 * blocks // 4})
+        self._first = blocks[0]
+        self._metered = {blocks[len(blocks) * quarter // 4] for quarter in (1, 2, 3)}
         self._reused: int | None = None  # computed steps since the last refresh
         self._step = 0
         self._sigmas: list[float] = []  # of the last refreshes, the newest first
@@ -61,23 +66,23 @@ class BranchReferences:
         """References are about to be computed; what was predicted for them is set aside where it is metered."""
         self.drift = self._drift_read = None
         self._squares, self._expected = [], {}
-        if self._reused is not None and self.rule.tolerance is not None:
+        if self._reused is not None:
             self.aim(sigma)
-            self._expected = {block: self.take(block)[0] for block in self._metered}
+            self._expected = {block: self.take(block)[0] for block in sorted(self._metered)}
         if self._reused is not None and self._older is not None:
             self._newest, self._older = self._older, self._newest
         self._newest.begin_filling()
         self._sigmas = [sigma, *self._sigmas][:2]
         self._step, self._reused = step, None
 
-    def put(self, block: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def put(self, block: int, key: torch.Tensor, value: torch.Tensor, source: ReferenceSource | None = None) -> None:
         """Keep copies of K and V of one block, and measure how far its keys are from what was predicted."""
         expected = self._expected.pop(block, None)
         if expected is not None:
             found = key.detach().float()
             apart = (found - expected.float()).square().sum()
             self._squares.append(torch.stack([apart, found.square().sum()]))
-        self._newest.put(block, key, value)
+        self._newest.put(block, key, value, source)
 
     def filled(self) -> None:
         """Every block has put its keys and values."""
@@ -92,7 +97,7 @@ class BranchReferences:
         weight = slope_weight(self._sigmas, sigma) if self._older is not None else 0.0
         self._slope = None
         if weight != 0:
-            key, _ = self._newest.take(0)
+            key, _ = self._newest.take(self._first)
             self._slope = torch.full((), 1 + weight, dtype=key.dtype, device=key.device)
 
     def take(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,39 +5,37 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 
 from dittocache.referencekv.config import ReferenceKVConfig
+from dittocache.referencekv.identity import ReferenceIdentity
 from dittocache.referencekv.memory import Placement, ReferenceSize, choose, gb
 from dittocache.referencekv.offload import DeviceBlocks, OffloadedBlocks, Tensors, link_to
 from dittocache.referencekv.storage import NATIVE, KeyValue, ReferenceSource
 
 logger = logging.getLogger(__name__)
 
-Decide = Callable[[torch.Tensor, ReferenceSource | None], Placement]
-"""Takes K, `(B, R, H, d)`, and what it comes from; says how a set of such is kept."""
-
-
-def _as_computed(key: torch.Tensor, source: ReferenceSource | None) -> Placement:
-    return Placement(NATIVE, offload=False)
+Decide = Callable[["BranchKV", torch.Tensor, ReferenceSource | None], Placement]
+AS_COMPUTED = Placement(NATIVE, offload=False)
 
 
 class BranchKV:
     """What one CFG branch keeps: K after norm and RoPE, and V, of the R reference tokens, `(B, R, H, d)` a block.
 
     Args:
-        decide: is asked how to keep them whenever they are computed; as computed by default.
+        decide: takes itself, K `(B, R, H, d)` of the first block, and what it comes from; says how they are kept.
+            Is asked whenever they are computed anew. As computed when left out.
     """
 
-    def __init__(self, decide: Decide = _as_computed) -> None:
+    def __init__(self, decide: Decide | None = None) -> None:
         self._decide = decide
         self._restore: dict[int, Callable[[Tensors], KeyValue]] = {}
         self._kept: DeviceBlocks | OffloadedBlocks = DeviceBlocks()
         self._frequencies: tuple[torch.Tensor, ...] | None = None
-        self.placement: Placement | None = None
-        """How they are kept; None before the first was put."""
+        self.placement = AS_COMPUTED
+        self.size: ReferenceSize | None = None
+        """None before the first was put."""
         self.reused: int | None = None
         """Computed steps since the slots were filled; None while they are not all filled."""
 
@@ -68,7 +66,7 @@ class BranchKV:
             source: what they are computed from, where that may be kept in their stead.
         """
         if not self._restore:
-            self._settle(self._decide(key, source), key.device)
+            self._settle(AS_COMPUTED if self._decide is None else self._decide(self, key, source))
         self._keep(block, key.detach(), value.detach(), source)
 
     def filled(self) -> None:
@@ -90,19 +88,17 @@ class BranchKV:
         self._restore = {}
         for block in restore:
             key, value = restore[block](before.take(block))
-            self._settle(placement, key.device)
+            self._settle(placement)
             self._keep(block, key, value, None)
             if before is not self._kept:
                 before.drop(block)
 
-    def _settle(self, placement: Placement, device: torch.device) -> None:
+    def _settle(self, placement: Placement) -> None:
         if placement.offload != isinstance(self._kept, OffloadedBlocks):
-            self._kept = OffloadedBlocks(link_to(device)) if placement.offload else DeviceBlocks()
+            self._kept = OffloadedBlocks(link_to) if placement.offload else DeviceBlocks()
         self.placement = placement
 
     def _keep(self, block: int, key: torch.Tensor, value: torch.Tensor, source: ReferenceSource | None) -> None:
-        if self.placement is None:
-            raise RuntimeError("nobody has said how references are kept")
         if source is not None and not self.placement.form.from_key_value:
             if self._frequencies is None:  # all blocks have the same
                 self._frequencies = tuple(one.detach().clone() for one in source.frequencies)
@@ -136,38 +132,52 @@ class RunKV:
         self._say = say
         self._said: set[Placement] = set()
         self._branches: dict[tuple[int, str], BranchKV] = {}
-        self._sizes: dict[tuple[int, str], ReferenceSize] = {}
+        self._shared: list[tuple[ReferenceIdentity, BranchKV]] = []
         self.predicted_bytes = 0
         """Most memory on the device that references were expected to take, when they were about to be kept."""
 
     def branch(self, run: int, name: str) -> BranchKV:
         """The branch of this run and name, empty at first."""
-        if (run, name) not in self._branches:
-            self._branches[run, name] = BranchKV(partial(self._decide, (run, name)))
-        return self._branches[run, name]
+        return self._branches.setdefault((run, name), BranchKV(self._decide))
 
-    def knows(self, run: int) -> bool:
-        """Whether something of this run is kept."""
-        return any(known == run for known, _ in self._branches)
+    def shared(self, run: int, name: str, identity: ReferenceIdentity) -> BranchKV:
+        """The same for references that depend on nothing but `identity`: one for all branches that have it.
 
-    def clear(self, but: Collection[int] = ()) -> None:
-        """Free everything, or all but what belongs to some runs."""
+        What no run under way uses is freed before another one is begun.
+        """
+        found = next((branch for known, branch in self._shared if known.matches(identity)), None)
+        if found is None:
+            found = BranchKV(self._decide)
+            used = self._branches.values()
+            self._shared = [(known, branch) for known, branch in self._shared if branch in used]
+            self._shared.append((identity.kept(), found))
+        self._branches[run, name] = found
+        return found
+
+    def clear(self, but: Collection[int] = (), shared_too: bool = True) -> None:
+        """Free everything, or all but what belongs to some runs; `shared_too` False keeps what was shared."""
         self._branches = {key: branch for key, branch in self._branches.items() if key[0] in but}
-        self._sizes = {key: size for key, size in self._sizes.items() if key in self._branches}
+        if shared_too:
+            used = self._branches.values()
+            self._shared = [(known, branch) for known, branch in self._shared if branch in used]
 
     @property
     def bytes_held(self) -> int:
         """Device memory of all branches."""
-        return sum(branch.bytes_held for branch in self._branches.values())
+        return sum(branch.bytes_held for branch in self._sets)
 
     @property
     def host_bytes_held(self) -> int:
         """Memory on the host of all branches."""
-        return sum(branch.host_bytes_held for branch in self._branches.values())
+        return sum(branch.host_bytes_held for branch in self._sets)
 
-    def _decide(self, asking: tuple[int, str], key: torch.Tensor, source: ReferenceSource | None) -> Placement:
-        """How a set of K like `key` is kept; what is kept already follows suit."""
-        size = self._sizes[asking] = ReferenceSize(
+    @property
+    def _sets(self) -> list[BranchKV]:
+        return list(dict.fromkeys([*self._branches.values(), *(branch for _, branch in self._shared)]))
+
+    def _decide(self, asking: BranchKV, key: torch.Tensor, source: ReferenceSource | None) -> Placement:
+        """How `asking` keeps K like `key`; what is kept already follows suit."""
+        size = asking.size = ReferenceSize(
             tokens=key.shape[1],
             batch=key.shape[0],
             layers=self._blocks - (self._config.freeze_from_layer or 0),
@@ -176,8 +186,8 @@ class RunKV:
             width=key.shape[2] * key.shape[3] if source is None else source.modulated.shape[2],
             element_size=key.element_size(),
         )
-        sizes = [self._sizes.get(name, size) for name in self._branches]  # a set that comes later will be like this one
-        others = [branch for name, branch in self._branches.items() if name != asking and branch.holds_any]
+        sizes = [branch.size or size for branch in self._sets]  # one that is filled later will be like this one
+        others = [branch for branch in self._sets if branch is not asking and branch.holds_any]
         placement = choose(
             self._config,
             sizes,
@@ -195,10 +205,9 @@ class RunKV:
         if self._config.max_gb is None or placement in self._said:
             return
         self._said.add(placement)
-        plain = Placement(NATIVE, offload=False)
         remark = f"references are kept as {placement.words}: {gb(placement.device_bytes(sizes))} on the device"
         if placement.offload:
             remark += f", {gb(placement.host_bytes(sizes))} on the host"
-        if placement != plain:
-            remark += f"; as computed they would take {gb(plain.device_bytes(sizes))}"
+        if placement != AS_COMPUTED:
+            remark += f"; as computed they would take {gb(AS_COMPUTED.device_bytes(sizes))}"
         self._say(f"{remark} (max_gb {self._config.max_gb:g})")
