@@ -387,6 +387,10 @@ class TransformerAdapter(StepAdapter, Protocol):
         """What isolated references' K and V depend on beside tokens, weights and attention arguments, to compare."""
         ...
 
+    def reference_lengths(self, forward_kwargs: Mapping[str, Any], layout: TokenLayout) -> tuple[int, ...]:
+        """Tokens of each reference picture, in order."""
+        ...
+
     def project_attention(self, attention: nn.Module, attended: torch.Tensor, prefix: int) -> Any:
         """What the stock processor returns for attended tokens `(B, tokens, H * d)`."""
         ...

@@ -160,6 +160,10 @@ class FluxTransformerAdapter(UsualForward):
         """Positions of the references."""
         return (forward_kwargs["img_ids"][..., layout.noise :, :],)
 
+    def reference_lengths(self, forward_kwargs: Mapping[str, Any], layout: TokenLayout) -> tuple[int, ...]:
+        """Kontext has one."""
+        return (layout.reference,)
+
     def project_attention(self, attention: nn.Module, attended: torch.Tensor, prefix: int) -> Any:
         """(image, text) after the output projections; a single stream is projected by its block."""
         attn = cast(Any, attention)

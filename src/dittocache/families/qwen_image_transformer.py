@@ -170,6 +170,14 @@ class QwenImageTransformerAdapter(UsualForward):
         shapes = tuple(tuple(tuple(shape) for shape in sample) for sample in _shapes_of(forward_kwargs["img_shapes"]))
         return shapes, forward_kwargs.get("additional_t_cond")
 
+    def reference_lengths(self, forward_kwargs: Mapping[str, Any], layout: TokenLayout) -> tuple[int, ...]:
+        """By the first sample's `img_shapes`; the samples of a batch have references of the same sizes."""
+        lengths: list[int] = []
+        for shape in reversed(_shapes_of(forward_kwargs["img_shapes"])[0]):
+            if sum(lengths) < layout.reference:
+                lengths.insert(0, prod(shape))
+        return tuple(lengths)
+
     def project_attention(self, attention: nn.Module, attended: torch.Tensor, prefix: int) -> Any:
         """(image, text) after the output projections."""
         attn = cast(Any, attention)

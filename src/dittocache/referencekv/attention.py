@@ -5,6 +5,7 @@ Shapes: B batch, T text tokens, N noise tokens, R reference tokens, H heads, d h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -144,25 +145,39 @@ class ReferenceAttention(AttentionStandIn):
         return self._attend(attn, joint, key, value, mask)
 
 
-def source_of(adapter: TransformerAdapter, attention: Any, given: ReferenceInput | None) -> ReferenceSource | None:
-    """What K and V of one block's references are computed from, from what its attention has left behind."""
-    if given is None:
-        return None
+def source_of(
+    adapter: TransformerAdapter, attention: Any, given: ReferenceInput, parts: Sequence[int]
+) -> ReferenceSource:
+    """What K and V of one block's references are computed from, from what its attention was given for them.
+
+    Args:
+        parts: numbers of tokens that were projected together; more rows at a time may round otherwise.
+    """
     modulated, frequencies = given
-    return ReferenceSource(modulated, frequencies, partial(_project, adapter, attention))
+    return ReferenceSource(modulated, frequencies, partial(_project, adapter, attention, tuple(parts)))
 
 
 def _project(
-    adapter: TransformerAdapter, attention: Any, modulated: torch.Tensor, frequencies: tuple[torch.Tensor, ...]
+    adapter: TransformerAdapter,
+    attention: Any,
+    parts: tuple[int, ...],
+    modulated: torch.Tensor,
+    frequencies: tuple[torch.Tensor, ...],
 ) -> KeyValue:
     weight: torch.Tensor = next(attention.to_k.parameters())
     if weight.device != modulated.device:
         raise ReferenceCacheError(
-            f"storage 'modulated_input' computes keys and values of references anew before each block, but the weights "
+            "storage 'modulated_input' computes keys and values of references anew before each block, but the weights "
             f"of this block are on {weight.device}, its input on {modulated.device}: offloading brings them in later; "
             "set storage to native or fp8, or offload: true"
         )
-    return adapter.reference_kv(attention, modulated, frequencies)
+    tokens = modulated.split(parts, dim=1)
+    own = zip(*(one.split(parts) for one in frequencies), strict=True) if frequencies else [()] * len(parts)
+    pairs = [adapter.reference_kv(attention, part, freqs) for part, freqs in zip(tokens, own, strict=True)]
+    if len(pairs) == 1:
+        return pairs[0]
+    key, value = (torch.cat(one, dim=1) for one in zip(*pairs, strict=True))
+    return key, value
 
 
 def key_mask(attention_mask: torch.Tensor | None, text_mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:

@@ -250,7 +250,9 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
     def _after_block(self, number: int, output: Any) -> None:
         module, attention = self._attention[number]
         if self._filling is not None and attention.left is not None:
-            self._filling.put(number, *attention.left, source_of(self._adapter, module, attention.left_input))
+            given = attention.left_input
+            source = None if given is None else source_of(self._adapter, module, given, (self._layout.reference,))
+            self._filling.put(number, *attention.left, source)
         attention.rest()
 
     def _passing(self, forward_kwargs: dict[str, Any]) -> ReferencePass:

@@ -10,7 +10,7 @@ Shapes: B batch, T text tokens, N noise tokens, R reference tokens, D width, H h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -31,7 +31,8 @@ from dittocache.families.denoiser import (
 )
 from dittocache.families.registry import adapter_of
 from dittocache.families.run_clock import bind_forward
-from dittocache.referencekv.attention import AttentionStandIn, check_attention, key_mask
+from dittocache.referencekv.attention import AttentionStandIn, ReferenceInput, check_attention, key_mask, source_of
+from dittocache.referencekv.storage import KeyValue, ReferenceSource
 
 PASSING = "reference_pass"  # among the attention arguments, on the way from the transformer's door to its blocks
 KEPT = "reference_keys"  # the same, from a block to its attention
@@ -47,22 +48,27 @@ class ReferencePass:
 
     Attributes:
         layout: noise and reference tokens.
+        parts: numbers of reference tokens that see each other: one, or one for each picture.
         temb: timestep embedding of the references, `(B, D)`: t = 0.
-        keep: is given (block, K, V) of the references, each `(B, R, H, d)`.
+        keep: is given (block, K, V) of the references, each `(B, R, H, d)`, and what they are computed from.
         take: gives K and V of a block instead of computing them; then the image stream holds noise tokens only.
+        alone: the image stream holds reference tokens only, and nothing else is computed.
     """
 
     layout: TokenLayout
+    parts: tuple[int, ...]
     temb: torch.Tensor | None = None
-    keep: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
-    take: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = None
+    keep: Callable[[int, torch.Tensor, torch.Tensor, ReferenceSource], None] | None = None
+    take: Callable[[int], KeyValue] | None = None
+    alone: bool = False
 
 
 @dataclass
 class _Keys:
-    """K and V of one block's references, each `(B, R, H, d)`; None until their own call has run."""
+    """K and V of one block's references, each `(B, R, H, d)`, and their input; None until their own call has run."""
 
-    tensors: tuple[torch.Tensor, torch.Tensor] | None = None
+    tensors: KeyValue | None = None
+    given: ReferenceInput | None = None
 
 
 class IsolatedAttention(AttentionStandIn):
@@ -105,6 +111,7 @@ class IsolatedAttention(AttentionStandIn):
             raise ReferenceCacheError(_OUTSIDE)
         if reference_keys.tensors is None:
             reference_keys.tensors = key, value
+            reference_keys.given = self._input_of(hidden_states, image_rotary_emb, hidden_states.shape[1])
         else:
             key, value = (torch.cat(pair, dim=1) for pair in zip((key, value), reference_keys.tensors, strict=True))
         mask = key_mask(attention_mask, encoder_hidden_states_mask, key.shape[1])
@@ -142,24 +149,58 @@ class IsolatedBlock(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
                 f"block {self._index} attends with {type(self._attention.processor).__name__}, which was set after its "
                 "references were isolated; end the isolation, set it, and isolate them anew"
             )
-        noise = passing.layout.noise
+        references = None
         if passing.take is not None:
-            keys, references = _Keys(passing.take(self._index)), None
+            keys = _Keys(passing.take(self._index))
         else:
-            keys = _Keys()
-            halved = self._adapter.reference_only_block(block_kwargs, passing.layout)
-            halved["hidden_states"] = halved["hidden_states"][:, noise:]
-            halved |= {"temb": passing.temb, "joint_attention_kwargs": {**attention_kwargs, KEPT: keys}}
-            _, references = self.fn_ref.original_forward(**halved)  # (B, R, D)
-            if passing.keep is not None and keys.tensors is not None:
-                passing.keep(self._index, *keys.tensors)
+            first = 0 if passing.alone else passing.layout.noise
+            tokens = block_kwargs["hidden_states"][:, first:]
+            keys, references = self._references(block_kwargs, attention_kwargs, passing, tokens)
+            if passing.alone:
+                return block_kwargs["encoder_hidden_states"], references
         halved = self._adapter.noise_only_block(block_kwargs, passing.layout)
-        halved["hidden_states"] = halved["hidden_states"][:, :noise]
+        halved["hidden_states"] = halved["hidden_states"][:, : passing.layout.noise]
         halved["joint_attention_kwargs"] = {**attention_kwargs, KEPT: keys}
         text, image = self.fn_ref.original_forward(**halved)  # (B, T, D), (B, N, D)
         if references is not None and not self._last:
             image = torch.cat([image, references], dim=1)
         return text, image
+
+    def _references(
+        self,
+        block_kwargs: dict[str, Any],
+        attention_kwargs: dict[str, Any],
+        passing: ReferencePass,
+        tokens: torch.Tensor,
+    ) -> tuple[_Keys, torch.Tensor]:
+        """(K and V, what becomes of `tokens` `(B, R, D)` in this block)."""
+        found: list[_Keys] = []
+        outputs: list[torch.Tensor] = []
+        start = 0
+        for length in passing.parts:
+            found.append(_Keys())
+            # What stands before the part, and the part.
+            layout = TokenLayout(passing.layout.noise + start, length)
+            halved = self._adapter.reference_only_block(block_kwargs, layout)
+            halved["hidden_states"] = tokens[:, start : start + length]
+            halved |= {"temb": passing.temb, "joint_attention_kwargs": {**attention_kwargs, KEPT: found[-1]}}
+            outputs.append(self.fn_ref.original_forward(**halved)[1])
+            start += length
+        keys = found[0] if len(found) == 1 else _joined(found)
+        if passing.keep is not None and keys.tensors is not None and keys.given is not None:
+            source = source_of(self._adapter, self._attention, keys.given, passing.parts)
+            passing.keep(self._index, *keys.tensors, source)
+        return keys, outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _joined(parts: Sequence[_Keys]) -> _Keys:
+    """K, V and input of all references, from those of each."""
+    tensors = [part.tensors for part in parts if part.tensors is not None]
+    given = [part.given for part in parts if part.given is not None]
+    frequencies = zip(*(each for _, each in given), strict=True)
+    key, value = (torch.cat(one, dim=1) for one in zip(*tensors, strict=True))
+    modulated = torch.cat([tokens for tokens, _ in given], dim=1)
+    return _Keys((key, value), (modulated, tuple(torch.cat(one) for one in frequencies)))
 
 
 class SplitEmbedding(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
@@ -181,9 +222,10 @@ class SplitEmbedding(ModelHook):  # type: ignore[misc]  # diffusers counts as An
 class Isolation:
     """Isolated references on one transformer, until `remove()` or the end of a `with`."""
 
-    def __init__(self, module: nn.Module, adapter: TransformerAdapter) -> None:
+    def __init__(self, module: nn.Module, adapter: TransformerAdapter, apart: bool = False) -> None:
         self._module: Any = module
         self._adapter = adapter
+        self._apart = apart
         self._blocks: list[Any] = list(adapter.blocks(module))
         self.suspended = False
         self._passing: ReferencePass | None = None
@@ -253,10 +295,10 @@ class Isolation:
         self._hooked.append(part)
 
     def noise_tokens(self) -> int:
-        """Of the call that is under way; ReferenceCacheError where there is none."""
+        """In the image stream of the call that is under way; ReferenceCacheError where there is none."""
         if self._passing is None:
             raise ReferenceCacheError(_OUTSIDE)
-        return self._passing.layout.noise
+        return 0 if self._passing.alone else self._passing.layout.noise
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], Any] | None:
         if self.suspended:
@@ -271,15 +313,22 @@ class Isolation:
         for name in CONTROLNET:
             if forward_kwargs.get(name) is not None:
                 raise ReferenceCacheError(f"{name} would reach the isolated references; use one of them alone")
-        self._passing = ReferencePass(layout)
+        parts = self._adapter.reference_lengths(forward_kwargs, layout) if self._apart else (layout.reference,)
+        if sum(parts) != layout.reference:
+            raise ReferenceCacheError(
+                f"{layout.reference} reference tokens do not divide into pictures of {' and '.join(map(str, parts))}; "
+                "give all samples of a batch references of the same sizes"
+            )
+        self._passing = ReferencePass(layout, parts)
         name = self._adapter.attention_kwargs_name
         forward_kwargs[name] = {**(forward_kwargs.get(name) or {}), PASSING: self._passing}
         return (), forward_kwargs
 
     def _embed(self, embedder: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         """Here, within the forward: offloading has brought the weights to the device, and autocast is on."""
-        if not self.suspended and self._passing is not None and self._passing.temb is None:
-            self._passing.temb = embedder.forward(*self._adapter.reference_conditioning(args))
+        passing = self._passing
+        if not self.suspended and passing is not None and passing.temb is None and passing.take is None:
+            passing.temb = embedder.forward(*self._adapter.reference_conditioning(args))
 
 
 _OUTSIDE = (
@@ -305,15 +354,17 @@ def references_in_full(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def isolate_references(target: Any) -> Isolation:
+def isolate_references(target: Any, apart: bool = False) -> Isolation:
     """Let reference tokens see reference tokens only, at t = 0, as a LoRA with isolated references was trained.
 
-    All references of a sample see each other. The transformer then returns noise tokens only, `(B, N, C)`: the part
+    The transformer then returns noise tokens only, `(B, N, C)`: the part
     of its output that pipelines use. A LoRA may be loaded before or after. The reference KV cache of such a model is
     exact.
 
     Args:
         target: a diffusers pipeline with a transformer, or the transformer.
+        apart: each reference sees itself only, as Qwen-Image-Edit-Causal was trained; else all of a sample see each
+            other.
 
     Returns the isolation: it lasts until its `remove()`, or to the end of `with isolate_references(pipe):`.
 
@@ -330,4 +381,4 @@ def isolate_references(target: Any) -> Isolation:
     if installed_hook(module, "dittocache_session") is not None:
         raise ReferenceCacheError("caches of dittocache are on for this transformer; isolate its references before")
     check_attention(module, adapter, FEATURE)
-    return Isolation(module, adapter)
+    return Isolation(module, adapter, apart)
