@@ -22,9 +22,11 @@ from dittocache.families.run_clock import BranchListener, DenoisingCall, RunCloc
 from dittocache.referencekv.attention import ReferenceAttention, check_attention, source_of
 from dittocache.referencekv.blocks import AroundBlocks
 from dittocache.referencekv.config import ReferenceKVConfig
+from dittocache.referencekv.identity import ReferenceIdentity
 from dittocache.referencekv.isolation import PASSING, ReferencePass
-from dittocache.referencekv.policy import refresh_now
+from dittocache.referencekv.policy import EXACT, refresh_now
 from dittocache.referencekv.prediction import BranchReferences
+from dittocache.referencekv.prefill import prefill
 from dittocache.referencekv.rules import check_settings, rule_of
 from dittocache.referencekv.store import RunKV
 
@@ -87,6 +89,7 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
         self._around = AroundBlocks((), self._before_block, self._after_block)
         self._attention: list[tuple[Any, ReferenceAttention]] = []
         self._isolated = False
+        self._blocks = 0
         self._first_kept = config.freeze_from_layer or 0
 
     @property
@@ -100,7 +103,8 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
         Blocks with isolated references give and take keys and values by themselves.
         """
         modules: list[Any] = list(self._adapter.attention_modules(module))
-        self._kept = RunKV(len(modules), self.config, self._adapter.reference_is_exact(module), self._say)
+        self._blocks = len(modules)
+        self._kept = RunKV(self._blocks, self.config, self._adapter.reference_is_exact(module), self._say)
         self._isolated = is_isolated(module)
         if self._isolated:
             return module
@@ -123,13 +127,17 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
         return module
 
     def reset_state(self, module: nn.Module) -> nn.Module:
-        """Forget everything; called by diffusers at the end of a pipeline's call."""
-        self.forget()
+        """Forget the call; called by diffusers at the end of a pipeline's call."""
+        self.forget(shared_too=not self.config.reuse_across_calls)
         self._clock.end_run()
         return module
 
-    def forget(self, but: Collection[int] = ()) -> None:
-        """Free what is kept, all of it or that of all runs but some."""
+    def forget(self, but: Collection[int] = (), shared_too: bool = True) -> None:
+        """Free what is kept, all of it or that of all runs but some.
+
+        Args:
+            shared_too: False: exact references stay for a later call with the same ones.
+        """
         ended = {run for run, _ in self._branches if run not in but}
         for run in ended:
             reused = any(branch.was_reused for (number, _), branch in self._branches.items() if number == run)
@@ -137,7 +145,7 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
         if self._runs_not_reused >= 3:
             self._say_once(NEVER_REUSED)
         self._branches = {key: branch for key, branch in self._branches.items() if key[0] in but}
-        self._kept.clear(but=but)
+        self._kept.clear(but, shared_too)
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Called by diffusers in place of the transformer's forward."""
@@ -152,7 +160,7 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
                     "of them noise. The reference KV cache is for edits of pictures; leave it off here"
                 )
             if not any(run == call.run for run, _ in self._branches):
-                self.forget(but=self._clock.runs_under_way)
+                self.forget(self._clock.runs_under_way, shared_too=not self.config.reuse_across_calls)
             try:
                 return self._step(module, call, forward_kwargs, layout)
             except BaseException:
@@ -161,38 +169,58 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
                 raise
 
     def _step(self, module: nn.Module, call: DenoisingCall, forward_kwargs: dict[str, Any], layout: TokenLayout) -> Any:
-        branch = self._branch(module, call)
+        key = call.run, call.branch
+        references = forward_kwargs["hidden_states"][:, layout.noise : layout.noise + layout.reference]  # (B, R, C)
+        branch = self._branches.get(key)
+        if branch is not None and branch.is_filled and not branch.watch.holds(references, self._by_hand):
+            self._say_once(CHANGED)
+            branch = None
+        if branch is None:
+            branch = self._branches[key] = self._new_branch(module, call, forward_kwargs, layout)
+            if branch.is_filled:
+                branch.watch.keep(references)
         if branch.rule.never_reuses:  # nothing that is kept would be read
             call.references, branch.was_reused = "computed", True
             return self.fn_ref.original_forward(**forward_kwargs)
-        references = forward_kwargs["hidden_states"][:, layout.noise : layout.noise + layout.reference]  # (B, R, C)
-        changed = branch.is_filled and not branch.watch.holds(references, self._by_hand)
-        if changed:
-            self._say_once(CHANGED)
         sigma = self._clock.sigmas()[0] if branch.rule.needs_sigma else 0.0
-        full = changed or refresh_now(branch.rule, call.step, branch.since(sigma))
+        full = refresh_now(branch.rule, call.step, branch.since(sigma))
         call.references = "computed" if full else "reused"
         if not full:
+            call.saved = self._share(forward_kwargs, layout)
             return self._cached(branch, forward_kwargs, layout, sigma)
         branch.watch.keep(references)
         output = self._full(branch, forward_kwargs, layout, call.step, sigma)
         call.drift = branch.drift
         return output
 
-    def _branch(self, module: nn.Module, call: DenoisingCall) -> BranchReferences:
-        key = call.run, call.branch
-        if key not in self._branches:
-            rule = rule_of(self.config, call.steps, self._adapter.reference_is_exact(module))
-            newest = self._kept.branch(*key)
-            older = self._kept.branch(call.run, f"{call.branch}, before") if rule.extrapolate else None
-            blocks = range(self._first_kept, len(self._adapter.blocks(module)))
-            self._branches[key] = BranchReferences(rule, newest, older, blocks)
-        return self._branches[key]
+    def _new_branch(
+        self, module: nn.Module, call: DenoisingCall, forward_kwargs: dict[str, Any], layout: TokenLayout
+    ) -> BranchReferences:
+        """A branch that keeps nothing; exact references may have been kept for another one before."""
+        rule = rule_of(self.config, call.steps, self._adapter.reference_is_exact(module))
+        blocks = range(self._first_kept, self._blocks)
+        if self._isolated and rule == EXACT:
+            identity = ReferenceIdentity.of(module, self._adapter, forward_kwargs, layout, own=PASSING)
+            return BranchReferences(rule, self._kept.shared(call.run, call.branch, identity), None, blocks)
+        newest = self._kept.branch(call.run, call.branch)
+        older = self._kept.branch(call.run, f"{call.branch}, before") if rule.extrapolate else None
+        newest.begin_filling()
+        return BranchReferences(rule, newest, older, blocks)
+
+    def _share(self, forward_kwargs: dict[str, Any], layout: TokenLayout) -> float:
+        """Share of the blocks' work that a cached step is spared: that of the references among all tokens."""
+        text = forward_kwargs.get("encoder_hidden_states")
+        tokens = layout.noise + layout.reference + (0 if text is None else text.shape[1])
+        return layout.reference / tokens * (1 - self._first_kept / self._blocks)
 
     def _full(
         self, branch: BranchReferences, forward_kwargs: dict[str, Any], layout: TokenLayout, step: int, sigma: float
     ) -> Any:
         branch.begin_filling(step, sigma)
+        if self._isolated and branch.rule == EXACT:
+            prefill(self._passing(forward_kwargs), forward_kwargs, branch.put, self.fn_ref.original_forward)
+            branch.filled()
+            return self._read(branch, forward_kwargs, layout)
         if self._isolated:
             self._passing(forward_kwargs).keep = branch.put
         with self._running(layout, filling=branch):
@@ -204,14 +232,16 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
         self, branch: BranchReferences, forward_kwargs: dict[str, Any], layout: TokenLayout, sigma: float
     ) -> Any:
         branch.aim(sigma)
-        if self._isolated:
-            self._passing(forward_kwargs).take = branch.take
-        if self._first_kept == 0:
-            forward_kwargs = self._adapter.noise_only(forward_kwargs, layout)
-        with self._running(layout, reading=branch):
-            output = self.fn_ref.original_forward(**forward_kwargs)
+        output = self._read(branch, forward_kwargs, layout)
         branch.reuse()
         return output
+
+    def _read(self, branch: BranchReferences, forward_kwargs: dict[str, Any], layout: TokenLayout) -> Any:
+        """Run text and noise on what is kept."""
+        if self._isolated:
+            self._passing(forward_kwargs).take = branch.take
+        with self._running(layout, reading=branch):
+            return self.fn_ref.original_forward(**self._adapter.noise_only(forward_kwargs, layout))
 
     @contextmanager
     def _running(

@@ -35,12 +35,28 @@ def usual_rule(steps: int | None) -> RefreshRule:
     return RefreshRule(every=4, extrapolate=True)
 
 
-def check_mode(config: ReferenceKVConfig, adapter: TransformerAdapter, module: nn.Module) -> None:
-    """Raise ReferenceCacheError where exact references are asked for and this checkpoint is not known to have them."""
-    if config.mode != "exact" or adapter.reference_is_exact(module):
+def check_settings(config: ReferenceKVConfig, adapter: TransformerAdapter, module: nn.Module) -> None:
+    """Raise ReferenceCacheError where this checkpoint cannot do what the settings ask for, and say why."""
+    name, exact, blocks = type(module).__name__, adapter.reference_is_exact(module), len(adapter.blocks(module))
+    if config.mode == "exact" and not exact:
+        raise ReferenceCacheError(
+            f"mode 'exact' asks this {name} for references that never change, but they are not isolated: they see the "
+            "noise, or follow the timestep. Load a LoRA that was trained with isolated references and call "
+            "isolate_references(pipe), or take mode 'approx'"
+        )
+    if config.reuse_across_calls and not exact:
+        raise ReferenceCacheError(
+            f"reuse_across_calls is for references that never change, but those of this {name} are not isolated: they "
+            "are others in each call; leave it out"
+        )
+    if config.freeze_from_layer is None:
         return
-    raise ReferenceCacheError(
-        f"mode 'exact' asks this {type(module).__name__} for references that never change, but its references are "
-        "not isolated: they see the noise, or follow the timestep. Load a LoRA that was trained with isolated "
-        "references and call isolate_references(pipe), or take mode 'approx'"
-    )
+    if exact:
+        raise ReferenceCacheError(
+            f"references of this {name} are isolated and never change, so no layer need compute them at every step; "
+            "leave freeze_from_layer out"
+        )
+    if config.freeze_from_layer >= blocks:
+        raise ReferenceCacheError(
+            f"freeze_from_layer is {config.freeze_from_layer}, but this {name} has the layers 0 to {blocks - 1}"
+        )

@@ -95,14 +95,17 @@ class _Recorder(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
         self._trace = trace
         self._clock = clock
         self._caches = caches
+        self._drifts: list[tuple[StepRecord, torch.Tensor]] = []
         self._pending: list[tuple[StepRecord, torch.cuda.Event, torch.cuda.Event]] = []
 
     def deinitalize_hook(self, module: nn.Module) -> nn.Module:
-        """Called by diffusers (which spells it so) when the hook is removed: reads the device's clock."""
+        """Called by diffusers (which spells it so) when the hook is removed: reads what was left on the device."""
         for record, start, end in self._pending:
             end.synchronize()
             record.seconds = start.elapsed_time(end) / 1000  # ms
-        self._pending = []
+        for record, drift in self._drifts:
+            record.drift = float(drift)
+        self._pending, self._drifts = [], []
         return module
 
     def reset_state(self, module: nn.Module) -> nn.Module:
@@ -118,6 +121,9 @@ class _Recorder(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
             record.decision = "computed" if call.computed else "skipped"
             record.cause, record.distance, record.references = call.cause, call.distance, call.references
             record.rows, record.rows_computed = call.rows, call.rows_computed
+            record.work = call.rows_computed / call.rows * (1 - call.saved) if call.computed else 0.0
+            if call.drift is not None:
+                self._drifts.append((record, call.drift))
             self._trace.steps.append(record)
             self._trace.bytes_held = max(self._trace.bytes_held, sum(cache.bytes_held for cache in self._caches))
             return output

@@ -23,6 +23,9 @@ class StepRecord:
         references: `computed` or `reused` where the reference KV cache ran, else None.
         seconds: wall time of the call on a CPU, time on the device on CUDA.
         rows, rows_computed: samples in the batch, and those of them that were computed.
+        drift: how far the references' keys had moved from what was kept or predicted, relative, where they were
+            computed anew.
+        work: share of the blocks' work on all tokens of the batch.
     """
 
     run: int
@@ -35,10 +38,12 @@ class StepRecord:
     seconds: float
     rows: int = 1
     rows_computed: int = 1
+    drift: float | None = None
+    work: float = 1.0
 
 
 class Trace:
-    """Fills while a session runs; times on CUDA are in when the session has ended."""
+    """Fills while a session runs; times on CUDA, and drifts, are in when the session has ended."""
 
     def __init__(self) -> None:
         self.steps: list[StepRecord] = []
@@ -56,6 +61,11 @@ class Trace:
     def skipped(self) -> int:
         """Calls that did not."""
         return len(self.steps) - self.computed
+
+    @property
+    def passes(self) -> float:
+        """Calls that ran the transformer blocks, each by its share of the blocks' work."""
+        return sum(step.work for step in self.steps)
 
     @property
     def references_reused(self) -> int:
@@ -93,6 +103,7 @@ class Trace:
             "computed": self.computed,
             "skipped": self.skipped,
             "references_reused": self.references_reused,
+            "passes": self.passes,
             "seconds": self.seconds,
             "bytes_held": self.bytes_held,
             "notes": list(self.notes),
@@ -108,6 +119,9 @@ def _describe(steps: Sequence[StepRecord]) -> str:
     words = [f"{len(steps)} steps", f"{len(steps) - skipped} computed", f"{skipped} skipped"]
     if reused:
         words.append(f"{reused} with kept references")
+    drifts = [step.drift for step in steps if step.drift is not None]
+    if drifts:
+        words.append(f"their keys had drifted by {', '.join(f'{drift:.1%}' for drift in drifts)}")
     return f"{', '.join(words)}, {sum(step.seconds for step in steps):.2f} s  [{pattern}]"
 
 
