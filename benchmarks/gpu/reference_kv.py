@@ -120,6 +120,7 @@ def measured(model: Any, place: Workplace, row: dict[str, Any], pairs: int, devi
         "noise_tokens": calls.case.noise,
         "reference_tokens": calls.case.reference,
         "text_tokens": calls.case.text,
+        "width": calls.case.width,
         "computed": steps - trace.references_reused,
         "seconds_stock": statistics.median(stock),
         "seconds": statistics.median(kept),
