@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch import nn
 
 from dittocache.families.active_adapters import adapters_of
 from dittocache.families.base import TokenLayout, TransformerAdapter
+
+Version = tuple[weakref.ref[torch.Tensor], int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,12 +26,15 @@ class ReferenceIdentity:
     Attributes:
         tensors: contents: the packed latents of the references `(B, R, C)` first.
         facts: values, compared by `==`: shapes, dtypes, devices, active LoRA and their scales, settings of attention.
-        weights: the parameters as they are now, see `weight_versions`; empty where they are known not to change.
+        weights: the parameters as they are now.
+        image: the tensor that the references were passed in. Pipelines pass the same one to all CFG branches of a
+            step: then nothing need be read to know that the references are the same.
     """
 
     tensors: tuple[torch.Tensor, ...]
     facts: tuple[object, ...]
-    weights: tuple[tuple[weakref.ref[nn.Parameter], int], ...] = ()
+    weights: tuple[Version, ...]
+    image: Version
 
     @classmethod
     def of(
@@ -52,34 +57,33 @@ class ReferenceIdentity:
         tensors = tuple(part for part in parts if isinstance(part, torch.Tensor))
         described = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
         values = tuple(part for part in parts if not isinstance(part, torch.Tensor))
-        return cls(tensors, (described, values, adapters_of(module)), weight_versions(module))
+        weights = tuple(_version(parameter) for parameter in module.parameters())
+        image = _version(forward_kwargs["hidden_states"])
+        return cls(tensors, (described, values, adapters_of(module)), weights, image)
 
     def kept(self) -> ReferenceIdentity:
         """The same with copies of its own, for a comparison later."""
-        return ReferenceIdentity(tuple(tensor.detach().clone() for tensor in self.tensors), self.facts, self.weights)
+        return replace(self, tensors=tuple(tensor.detach().clone() for tensor in self.tensors))
 
     def matches(self, other: ReferenceIdentity) -> bool:
-        """Whether K and V are the same; reads one number from the device where everything else is."""
-        if self.facts != other.facts or not _same_weights(self.weights, other.weights):
+        """Whether K and V are the same; reads at most one number from the device."""
+        if self.facts != other.facts or len(self.weights) != len(other.weights):
             return False
-        apart = [(one != two).any() for one, two in zip(self.tensors, other.tensors, strict=True) if one is not two]
+        if not all(map(_unchanged, self.weights, other.weights)):
+            return False
+        skip = int(_unchanged(self.image, other.image))
+        pairs = zip(self.tensors[skip:], other.tensors[skip:], strict=True)
+        apart = [(one != two).any() for one, two in pairs if one is not two]
         return not apart or not bool(torch.stack([found.to(apart[0].device) for found in apart]).any())
 
 
-def weight_versions(module: nn.Module) -> tuple[tuple[weakref.ref[nn.Parameter], int], ...]:
-    """Every parameter and how often it was written to, so that other weights under the same names are noticed.
+def _version(tensor: torch.Tensor) -> Version:
+    """A tensor, and how often it was written to; -1 for one of inference mode, of which nobody knows.
 
-    Only writing through `.data` goes unnoticed; merging a LoRA does that, and is among the facts.
+    Only writing through `.data` goes unnoticed. Merging a LoRA does that, and is among the facts.
     """
-    return tuple(
-        (weakref.ref(parameter), 0 if parameter.is_inference() else parameter._version)
-        for parameter in module.parameters()
-    )
+    return weakref.ref(tensor), -1 if tensor.is_inference() else tensor._version
 
 
-def _same_weights(
-    one: tuple[tuple[weakref.ref[nn.Parameter], int], ...], other: tuple[tuple[weakref.ref[nn.Parameter], int], ...]
-) -> bool:
-    return len(one) == len(other) and all(
-        before[1] == now[1] and before[0]() is now[0]() is not None for before, now in zip(one, other, strict=True)
-    )
+def _unchanged(before: Version, now: Version) -> bool:
+    return before[1] == now[1] >= 0 and before[0]() is now[0]() is not None
