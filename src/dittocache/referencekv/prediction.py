@@ -38,7 +38,7 @@ class BranchReferences:
         self._older = older
         self._first = blocks[0]
         self._metered = {blocks[len(blocks) * quarter // 4] for quarter in (1, 2, 3)}
-        self._reused: int | None = None  # computed steps since the last refresh
+        self._reused = newest.reused  # computed steps since the last refresh; None before the first
         self._step = 0
         self._sigmas: list[float] = []  # of the last refreshes, the newest first
         self._drift_read: float | None = None
