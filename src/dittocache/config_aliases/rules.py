@@ -103,9 +103,33 @@ def apply_rules(settings: dict[str, Any], problems: list[str]) -> None:
         if value is not None and not str(value).endswith(endings):
             problems.append(f"{name}: found {value!r}; other classes cannot be loaded: leave it out")
     taken(settings, "model.lora.adapter_name", None)  # a saved LoRA bears no name
-    for rule in (_trainer, _quantize, _data_set, _drop_keys, _live_devices, _predict_devices, apply_loss):
+    for rule in (
+        _trainer,
+        _quantize,
+        _data_set,
+        _drop_keys,
+        _live_devices,
+        _predict_devices,
+        _image_kv_cache,
+        apply_loss,
+    ):
         rule(settings, problems)
     apply_sizes(settings, problems)
+
+
+def _image_kv_cache(settings: dict[str, Any], problems: list[str]) -> None:
+    """The specification's switch is a section here, whose settings all have defaults."""
+    name = "generate.use_image_kv_cache"
+    wanted = taken(settings, name, None)
+    if wanted is None:
+        return
+    if str(wanted).lower() not in ("true", "false"):
+        problems.append(f"{name}: found {wanted!r}; expected true or false")
+    elif str(wanted).lower() == "true":
+        if settings.get("reference_kv") is None:
+            settings["reference_kv"] = {}
+    elif settings.get("reference_kv") is not None:
+        problems.append(f"{name} is {wanted!r}, but reference_kv has settings; they mean the same: keep one")
 
 
 def _trainer(settings: dict[str, Any], problems: list[str]) -> None:

@@ -23,7 +23,7 @@ from dittocache.referencekv.attention import ReferenceAttention, check_attention
 from dittocache.referencekv.blocks import AroundBlocks
 from dittocache.referencekv.config import ReferenceKVConfig
 from dittocache.referencekv.identity import ReferenceIdentity
-from dittocache.referencekv.isolation import PASSING, ReferencePass
+from dittocache.referencekv.isolation import CONTROLNET, PASSING, ReferencePass
 from dittocache.referencekv.policy import EXACT, refresh_now
 from dittocache.referencekv.prediction import BranchReferences
 from dittocache.referencekv.prefill import prefill
@@ -154,11 +154,7 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
             return self.fn_ref.original_forward(**forward_kwargs)
         with self._clock.call(module, self.branch_listener.heard, forward_kwargs) as call:
             layout = self._adapter.token_layout(module, forward_kwargs)
-            if layout.reference == 0:
-                raise ReferenceCacheError(
-                    f"this run of {type(module).__name__} has no reference tokens: {layout.noise} image tokens, all "
-                    "of them noise. The reference KV cache is for edits of pictures; leave it off here"
-                )
+            self._check(module, forward_kwargs, layout)
             if not any(run == call.run for run, _ in self._branches):
                 self.forget(self._clock.runs_under_way, shared_too=not self.config.reuse_across_calls)
             try:
@@ -168,10 +164,23 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
                 self.forget(but=self._clock.runs_under_way - {call.run})
                 raise
 
+    def _check(self, module: nn.Module, forward_kwargs: dict[str, Any], layout: TokenLayout) -> None:
+        """Raise ReferenceCacheError for a call that the cache is not for."""
+        if layout.reference == 0:
+            raise ReferenceCacheError(
+                f"this run of {type(module).__name__} has no reference tokens: {layout.noise} image tokens, all of "
+                "them noise. The reference KV cache is for edits of pictures; leave it off here"
+            )
+        for name in CONTROLNET if self._first_kept else ():
+            if forward_kwargs.get(name) is not None:
+                raise ReferenceCacheError(f"{name} fit all layers or none; leave freeze_from_layer out beside them")
+
     def _step(self, module: nn.Module, call: DenoisingCall, forward_kwargs: dict[str, Any], layout: TokenLayout) -> Any:
         key = call.run, call.branch
         references = forward_kwargs["hidden_states"][:, layout.noise : layout.noise + layout.reference]  # (B, R, C)
         branch = self._branches.get(key)
+        if branch is not None:
+            branch.watch.settle()
         if branch is not None and branch.is_filled and not branch.watch.holds(references, self._by_hand):
             self._say_once(CHANGED)
             branch = None
@@ -240,8 +249,10 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
         """Run text and noise on what is kept."""
         if self._isolated:
             self._passing(forward_kwargs).take = branch.take
+        if self._first_kept == 0:
+            forward_kwargs = self._adapter.noise_only(forward_kwargs, layout)
         with self._running(layout, reading=branch):
-            return self.fn_ref.original_forward(**self._adapter.noise_only(forward_kwargs, layout))
+            return self.fn_ref.original_forward(**forward_kwargs)
 
     @contextmanager
     def _running(

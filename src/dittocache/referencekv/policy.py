@@ -85,6 +85,11 @@ def expected_drift(kept: Kept) -> float:
     return kept.drift * kept.distance / kept.measured_over
 
 
+def even_refreshes(steps: int, count: int) -> tuple[int, ...]:
+    """`count` of `steps` steps, step 0 first, as far apart as they can be; the last refresh serves as long as any."""
+    return tuple(sorted({number * steps // count for number in range(count)}))
+
+
 def slope_weight(refreshed: Sequence[float], sigma: float, reach: float = REACH) -> float:
     """How many times the change between the last two refreshes is added to the last one, from 0 to `reach`.
 
