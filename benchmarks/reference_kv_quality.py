@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def settings(steps: int) -> Iterator[Setting]:
     yield Setting("usual", ReferenceKVConfig())
     yield Setting("step 0 only", ReferenceKVConfig(refresh=(0,)))
     for every in (2, 3, 4, 6):
-        if every < steps / 2 or every == 2:
+        if every <= steps // 2:
             yield Setting(f"every {every}", ReferenceKVConfig(refresh=every, extrapolate=False))
             yield Setting(f"every {every}, extrapolated", ReferenceKVConfig(refresh=every))
     for tolerance in (0.1, 0.2):
@@ -157,9 +158,9 @@ def summary(edits: dict[str, dict[str, dict[str, float]]]) -> list[dict[str, Any
     return rows
 
 
-def table(kind: str, steps: int, rows: Sequence[dict[str, Any]]) -> str:
+def table(name: str, rows: Sequence[dict[str, Any]]) -> str:
     """The rows for a terminal."""
-    lines = [f"\n{kind}, {steps} steps, {rows[0]['edits']} edits", HEADS]
+    lines = [f"\n{name}, {rows[0]['edits']} edits", HEADS]
     for row in rows:
         pattern = f"{row['full']:.1f}/{row['reused']:.1f}/{row['skipped']:.1f}"
         numbers = f"{row['psnr']:8.1f}{row['psnr_worst']:8.1f}{row['ssim']:9.5f}{row['flip']:8.4f}"
@@ -183,20 +184,20 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     ends, edits = time.monotonic() + 60 * options.minutes, evaluation_edits(options.edits)
     path = options.results / "reference_kv_quality.json"
     report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cases": {}}
-    for kind in options.kinds:
-        runs = Runs(kind, edits)
-        for steps in options.steps:
+    runs = {kind: Runs(kind, edits) for kind in options.kinds}
+    for number in range(options.edits):  # all cases of an edit, so that a run that is stopped has some of each
+        for kind, steps in product(options.kinds, options.steps):
             case = report["cases"].setdefault(f"{kind}, {steps} steps", {"edits": {}, "rows": []})
-            for number in range(options.edits):
-                if str(number) in case["edits"] or time.monotonic() > ends:
-                    continue
-                case["edits"][str(number)] = runs.measure(number, steps)
-                case["rows"] = summary(case["edits"])
-                report["machine"] = asdict(describe_machine())
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(report, indent=1) + "\n")
-            if case["rows"]:
-                print(table(kind, steps, case["rows"]), flush=True)
+            if str(number) in case["edits"] or time.monotonic() > ends:
+                continue
+            case["edits"][str(number)] = runs[kind].measure(number, steps)
+            case["rows"] = summary(case["edits"])
+            report["machine"] = asdict(describe_machine())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(report, indent=1) + "\n")
+    for name, case in report["cases"].items():
+        if case["rows"]:
+            print(table(name, case["rows"]), flush=True)
     return report
 
 
