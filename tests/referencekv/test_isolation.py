@@ -16,7 +16,8 @@ from tests.referencekv.cached_steps import FROZEN, reference_kv
 from dittocache.errors import ModelError, ReferenceCacheError
 from dittocache.families.denoiser import is_isolated
 from dittocache.families.registry import adapter_of
-from dittocache.referencekv.isolation import PASSING, isolate_references
+from dittocache.referencekv.isolated_block import PASSING
+from dittocache.referencekv.isolation import isolate_references
 from dittocache.sampling.session import cached
 from dittocache.teacache.config import TeaCacheConfig
 

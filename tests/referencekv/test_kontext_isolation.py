@@ -11,7 +11,8 @@ from tests.referencekv.cached_steps import reference_kv
 from tests.referencekv.test_kontext import kontext_kwargs
 
 from dittocache.families.registry import adapter_of
-from dittocache.referencekv.isolation import PASSING, isolate_references
+from dittocache.referencekv.isolated_block import PASSING
+from dittocache.referencekv.isolation import isolate_references
 
 NOISE, REFERENCE = 16, 24
 

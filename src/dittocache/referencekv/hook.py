@@ -23,7 +23,8 @@ from dittocache.referencekv.attention import ReferenceAttention, check_attention
 from dittocache.referencekv.blocks import AroundBlocks
 from dittocache.referencekv.config import ReferenceKVConfig
 from dittocache.referencekv.identity import ReferenceIdentity
-from dittocache.referencekv.isolation import CONTROLNET, PASSING, ReferencePass
+from dittocache.referencekv.isolated_block import PASSING, ReferencePass
+from dittocache.referencekv.isolation import CONTROLNET
 from dittocache.referencekv.policy import EXACT, refresh_now
 from dittocache.referencekv.prediction import BranchReferences
 from dittocache.referencekv.prefill import prefill
@@ -283,7 +284,7 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
                 "is for sampling: run it under torch.no_grad()"
             )
         attention.given = self._reading.take(number)
-        if number == self._first_kept:  # references came as far as here
+        if number == self._first_kept > 0:  # references came as far as here
             block_kwargs = {**block_kwargs, "hidden_states": block_kwargs["hidden_states"][:, : self._layout.noise]}
         # The forward still makes positions and modulation for all image tokens.
         return self._adapter.noise_only_block(block_kwargs, self._layout)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dittocache.referencekv.isolation import ReferencePass
+from dittocache.referencekv.isolated_block import ReferencePass
 from dittocache.referencekv.storage import ReferenceSource
 
 Keep = Callable[[int, torch.Tensor, torch.Tensor, ReferenceSource], None]
