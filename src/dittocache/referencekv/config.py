@@ -82,7 +82,7 @@ class ReferenceKVConfig(Settings):
         if self.mode != "exact":
             return self
         for name in ("refresh", "extrapolate", "drift_tolerance", "freeze_from_layer"):
-            if name in self.model_fields_set and getattr(self, name) not in (None, False):
+            if getattr(self, name) not in (type(self).model_fields[name].default, False):
                 raise ValueError(f"mode 'exact' keeps references as they are, so {name} says nothing; leave it out")
         return self
 

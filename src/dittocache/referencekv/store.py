@@ -106,7 +106,7 @@ class BranchKV:
         packed = self.placement.form.pack(key, value, source)
         self._restore[block] = packed.restore
         copied = packed.fresh or self.placement.offload
-        self._kept.put(block, packed.tensors if copied else tuple(tensor.clone() for tensor in packed.tensors))
+        self._kept.put(block, packed.tensors if copied else tuple(_copy(tensor) for tensor in packed.tensors))
 
 
 class RunKV:
@@ -211,3 +211,8 @@ class RunKV:
         if placement != AS_COMPUTED:
             remark += f"; as computed they would take {gb(AS_COMPUTED.device_bytes(sizes))}"
         self._say(f"{remark} (max_gb {self._config.max_gb:g})")
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Laid out the same whatever it was cut from: compiled blocks make a graph for each layout."""
+    return tensor.clone(memory_format=torch.contiguous_format)

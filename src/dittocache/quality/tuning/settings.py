@@ -40,10 +40,10 @@ class Setting:
     @cached_property
     def key(self) -> str:
         """The same for settings that make the same picture."""
-        caches: list[object] = [
-            one.model_dump(mode="json") for one in (self.teacache, self.reference_kv) if one is not None
-        ]
-        return json.dumps([self.steps, *(caches or [None])], sort_keys=True)
+        chosen = [cache for cache in (self.teacache, self.reference_kv) if cache is not None]
+        return json.dumps(
+            [self.steps, *([cache.model_dump(mode="json") for cache in chosen] or [None])], sort_keys=True
+        )
 
     @property
     def label(self) -> str:
