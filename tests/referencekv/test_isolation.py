@@ -35,7 +35,7 @@ def recorded(model: Any) -> Iterator[KeysAndValues]:
     """K and V of the references, block by block, of every call within."""
     found: KeysAndValues = []
 
-    def keep(block: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def keep(block: int, key: torch.Tensor, value: torch.Tensor, source: Any) -> None:
         found.append((key.detach().clone(), value.detach().clone()))
 
     def record(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
