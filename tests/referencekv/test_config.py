@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from tests.denoising import qwen_transformer
+from tests.denoising import EDITS, equal, qwen_transformer, velocities
 
 from dittocache.config import check_config, parse_overrides
 from dittocache.errors import ConfigError, ReferenceCacheError
+from dittocache.families.denoiser import is_isolated
 from dittocache.referencekv.config import ReferenceKVConfig
 from dittocache.referencekv.hook import apply_reference_kv
 from dittocache.referencekv.isolation import isolate_references
+from dittocache.sampling.session import cached
 
 RUN = {"model": {"path": "bundled"}, "data": {"path": "pictures"}}
 
@@ -82,3 +84,36 @@ def test_exact_is_refused_where_it_would_not_be_and_says_why() -> None:
         pytest.raises(ReferenceCacheError, match="isolated and never change, so no layer need"),
     ):
         apply_reference_kv(model, ReferenceKVConfig(freeze_from_layer=1))
+
+
+@pytest.mark.parametrize(
+    ("known_by", "value"),
+    [
+        ("reference_visibility", "isolated"),
+        ("reference_visibility", "apart"),
+        ("_name_or_path", "/models/models--lightx2v--Qwen-Image-Edit-Causal/snapshots/0a1b/transformer"),
+        ("_name_or_path", "lightx2v/Qwen-Image-Edit-Causal"),
+    ],
+)
+def test_a_checkpoint_that_is_known_to_be_trained_so_is_exact_without_a_word(known_by: str, value: str) -> None:
+    edit, model = EDITS["two references"], qwen_transformer(zero_cond_t=True)
+    apart = value != "isolated"
+    with isolate_references(model, apart=apart):
+        expected = velocities(model, edit, 3)
+    model.register_to_config(**{known_by: value})
+    with cached(model, reference_kv=ReferenceKVConfig()) as trace:
+        assert is_isolated(model)
+        assert equal(velocities(model, edit, 3), expected)
+    assert trace.references_reused >= 2
+    assert any("this checkpoint was trained so" in note for note in trace.notes)
+    assert not is_isolated(model)
+    with cached(model, reference_kv=ReferenceKVConfig(mode="approx")):
+        assert not is_isolated(model)  # asked for otherwise
+
+
+def test_other_names_are_not_known() -> None:
+    model = qwen_transformer()
+    model.register_to_config(_name_or_path="someone/Qwen-Image-Edit-Causal-like", reference_visibility="full")
+    with pytest.raises(ReferenceCacheError, match="Neither the checkpoint's name nor its configuration"):
+        apply_reference_kv(model, ReferenceKVConfig(mode="exact"))
+    assert not is_isolated(model)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from diffusers.hooks.hooks import HookRegistry, ModelHook
@@ -24,11 +24,11 @@ from dittocache.referencekv.blocks import AroundBlocks
 from dittocache.referencekv.config import ReferenceKVConfig
 from dittocache.referencekv.identity import ReferenceIdentity
 from dittocache.referencekv.isolated_block import PASSING, ReferencePass
-from dittocache.referencekv.isolation import CONTROLNET
+from dittocache.referencekv.isolation import CONTROLNET, isolate_references
 from dittocache.referencekv.policy import EXACT, refresh_now
 from dittocache.referencekv.prediction import BranchReferences
 from dittocache.referencekv.prefill import prefill
-from dittocache.referencekv.rules import check_settings, rule_of
+from dittocache.referencekv.rules import check_settings, rule_of, trained_visibility
 from dittocache.referencekv.store import RunKV
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
     Attributes:
         config: the settings.
         enabled: False: every step is the stock one, and nothing is kept.
+        isolation: ends with the cache, where that isolated the references itself.
     """
 
     _is_stateful = True
@@ -75,6 +76,7 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
         super().__init__()
         self.branch_listener = BranchListener()
         self.enabled = True
+        self.isolation = ExitStack()
         self.config = config
         self._adapter = adapter
         self._clock = clock
@@ -333,15 +335,25 @@ def apply_reference_kv(
             f"the reference KV cache is on for this {type(denoiser.module).__name__} already; "
             "remove it before applying it again"
         )
-    check_settings(config, adapter, denoiser.module)
-    if not is_isolated(denoiser.module):
-        check_attention(denoiser.module, adapter, "the reference KV cache")
-    by_hand = denoiser.scheduler is None
-    hook = ReferenceKVHook(config, adapter, clock or RunClock(adapter, denoiser.scheduler), by_hand, say)
-    HookRegistry.check_if_exists_or_initialize(denoiser.module).register_hook(hook, HOOK_NAME)
+    with ExitStack() as undo:
+        visibility = None if config.mode == "approx" else trained_visibility(denoiser.module)
+        if visibility is not None and not is_isolated(denoiser.module):
+            undo.enter_context(isolate_references(denoiser.module, apart=visibility == "apart"))
+            say(f"references are isolated while their cache is on ({visibility}): this checkpoint was trained so")
+        check_settings(config, adapter, denoiser.module)
+        if not is_isolated(denoiser.module):
+            check_attention(denoiser.module, adapter, "the reference KV cache")
+        by_hand = denoiser.scheduler is None
+        hook = ReferenceKVHook(config, adapter, clock or RunClock(adapter, denoiser.scheduler), by_hand, say)
+        HookRegistry.check_if_exists_or_initialize(denoiser.module).register_hook(hook, HOOK_NAME)
+        hook.isolation = undo.pop_all()
     return hook
 
 
 def remove_reference_kv(target: Any) -> None:
     """Take the reference KV cache off and put the stock attention processors back."""
-    remove_hook(find_denoiser(target).module, HOOK_NAME)
+    module = find_denoiser(target).module
+    hook: ReferenceKVHook | None = installed_hook(module, HOOK_NAME)
+    remove_hook(module, HOOK_NAME)
+    if hook is not None:
+        hook.isolation.close()

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from typing import Literal, cast, get_args
+
 from torch import nn
 
 from dittocache.errors import ReferenceCacheError
 from dittocache.families.base import TransformerAdapter
 from dittocache.referencekv.config import ReferenceKVConfig
 from dittocache.referencekv.policy import EXACT, RefreshRule
+
+Visibility = Literal["isolated", "apart"]
+"""References of a sample see each other and nothing else; or each sees itself only."""
+
+ISOLATED_CHECKPOINTS: Mapping[str, Visibility] = {"Qwen-Image-Edit-Causal": "apart"}
+"""Published checkpoints that were trained with isolated references, by the last part of their names."""
 
 
 def rule_of(config: ReferenceKVConfig, steps: int | None, exact: bool) -> RefreshRule:
@@ -40,13 +50,28 @@ def usual_rule(steps: int | None) -> RefreshRule:
     return RefreshRule(steps=(0, max(1, steps // 4)))
 
 
+def trained_visibility(module: nn.Module) -> Visibility | None:
+    """What the references of this checkpoint see, where it is known to have been trained with isolated ones.
+
+    From `reference_visibility` in the transformer's configuration, else from the name that it was loaded by. Of a LoRA
+    nothing is left in the model that would say so.
+    """
+    config = getattr(module, "config", {})
+    said = config.get("reference_visibility")
+    if said in get_args(Visibility):
+        return cast(Visibility, said)
+    parts = re.split(r"[/\\]|--", str(config.get("_name_or_path") or ""))
+    return next((ISOLATED_CHECKPOINTS[part] for part in parts if part in ISOLATED_CHECKPOINTS), None)
+
+
 def check_settings(config: ReferenceKVConfig, adapter: TransformerAdapter, module: nn.Module) -> None:
     """Raise ReferenceCacheError where this checkpoint cannot do what the settings ask for, and say why."""
     name, exact, blocks = type(module).__name__, adapter.reference_is_exact(module), len(adapter.blocks(module))
     if config.mode == "exact" and not exact:
         raise ReferenceCacheError(
             f"mode 'exact' asks this {name} for references that never change, but they are not isolated: they see the "
-            "noise, or follow the timestep. Load a LoRA that was trained with isolated references and call "
+            "noise, or follow the timestep. Neither the checkpoint's name nor its configuration (reference_visibility) "
+            "says that it was trained otherwise. Load a LoRA that was trained with isolated references and call "
             "isolate_references(pipe), or take mode 'approx'"
         )
     if config.reuse_across_calls and not exact:
