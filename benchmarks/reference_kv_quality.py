@@ -61,10 +61,13 @@ def settings(steps: int) -> Iterator[Setting]:
         yield Setting(f"{round(steps / speed)} plain steps", steps=round(steps / speed))
     yield Setting("usual", ReferenceKVConfig())
     yield Setting("step 0 only", ReferenceKVConfig(refresh=(0,)))
-    for every in (2, 3, 4, 6):
+    for every in (2, 3) if steps < 12 else (2, 4):
         if every <= steps // 2:
             yield Setting(f"every {every}", ReferenceKVConfig(refresh=every, extrapolate=False))
             yield Setting(f"every {every}, extrapolated", ReferenceKVConfig(refresh=every))
+    if steps == 8:
+        yield Setting("every 4, extrapolated", ReferenceKVConfig(refresh=4))
+        yield Setting("steps 0, 2, 5, extrapolated", ReferenceKVConfig(refresh=(0, 2, 5)))
     for tolerance in (0.1, 0.2):
         config = ReferenceKVConfig(refresh="adaptive", drift_tolerance=tolerance)
         yield Setting(f"adaptive {tolerance:g}", config)
@@ -84,8 +87,9 @@ class Runs:
         for part in (self.pipe.transformer, *self.pipe.transformer.transformer_blocks):
             part.zero_cond_t = kind == "zero"
         self._edits = edits
-        for name in ("encode_prompt", "_encode_vae_image"):  # the same in every run of an edit
-            setattr(self.pipe, name, _Remembered(getattr(self.pipe, name)))
+        for name in ("encode_prompt", "_encode_vae_image"):
+            setattr(self.pipe, name, self._once_an_edit(getattr(self.pipe, name)))
+        self._number = -1
         self._seconds = self._began = 0.0
         self.pipe.transformer.register_forward_pre_hook(self._begin)
         self.pipe.transformer.register_forward_hook(self._end)
@@ -96,17 +100,27 @@ class Runs:
     def _end(self, *_: Any) -> None:
         self._seconds += time.process_time() - self._began
 
+    def _once_an_edit(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """A method that is called with the same arguments in every run of an edit."""
+        found: dict[int, Any] = {}
+
+        def remembered(*args: Any, **kwargs: Any) -> Any:
+            if self._number not in found:
+                found.clear()
+                found[self._number] = method(*args, **kwargs)
+            return found[self._number]
+
+        return remembered
+
     def run(self, number: int, steps: int, setting: Setting) -> tuple[Image.Image, float, Trace]:
         """Picture, seconds within the transformer, what the caches did."""
-        self._seconds, edit = 0.0, self._edits[number]
+        self._seconds, self._number, edit = 0.0, number, self._edits[number]
         with cached(self.pipe, setting.teacache, setting.references) as trace:
             picture = generate(self.pipe, edit.images()[0], edit.instruction, number, setting.steps or steps)
         return picture, self._seconds, trace
 
     def measure(self, number: int, steps: int) -> dict[str, dict[str, float]]:
         """By setting, the figures of one edit against its uncached run."""
-        for name in ("encode_prompt", "_encode_vae_image"):
-            getattr(self.pipe, name).forget()
         plain, plain_seconds, _ = self.run(number, steps, Setting("plain"))
         found = {}
         for setting in settings(steps):
@@ -122,22 +136,6 @@ class Runs:
                 "skipped": trace.skipped,
             }
         return found
-
-
-class _Remembered:
-    """A method that is always called with the same arguments, until `forget()`."""
-
-    def __init__(self, method: Callable[..., Any]) -> None:
-        self._method = method
-        self._found: list[Any] = []
-
-    def forget(self) -> None:
-        self._found = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._found:
-            self._found.append(self._method(*args, **kwargs))
-        return self._found[0]
 
 
 def cost(trace: Trace) -> float:

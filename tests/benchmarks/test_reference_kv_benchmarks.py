@@ -73,7 +73,14 @@ def test_settings_differ_with_the_number_of_steps() -> None:
     names = {steps: [one.name for one in reference_kv_quality.settings(steps)] for steps in (4, 8, 28)}
     assert all(len(set(found)) == len(found) for found in names.values())
     assert "TeaCache" in names[28] and "TeaCache" not in names[8]
-    assert "every 6" in names[28] and "every 6" not in names[8]
+    assert "every 4" in names[28] and "every 3" not in names[4]
+
+
+def test_every_edit_has_its_own_prompt_and_picture() -> None:
+    runs = reference_kv_quality.Runs("zero", evaluation_edits(2))
+    plain = reference_kv_quality.Setting("plain")
+    pictures = [runs.run(number, 1, plain)[0].tobytes() for number in (0, 1, 0)]
+    assert pictures[0] == pictures[2] != pictures[1]
 
 
 def test_live_t_is_the_2509_kind() -> None:
