@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
-from tests.denoising import EDIT, EDITS, DeviceReads, Edit, Pipeline, equal, fail_in, qwen_transformer, velocities
+from tests.denoising import (
+    EDIT,
+    EDITS,
+    DeviceReads,
+    Edit,
+    Pipeline,
+    equal,
+    fail_in,
+    qwen_transformer,
+    relative_error,
+    velocities,
+)
 from tests.referencekv.cached_steps import reference_kv
+from torch._dynamo.testing import CompileCounter
 
+from dittocache.errors import ReferenceCacheError
+from dittocache.families.registry import adapter_of
 from dittocache.referencekv.config import ReferenceKVConfig
+from dittocache.referencekv.hook import apply_reference_kv
 from dittocache.referencekv.isolation import isolate_references
 
 STEPS = 4
@@ -82,6 +99,46 @@ def test_references_apart_do_not_see_each_other() -> None:
                 kept[apart, changed] = branch.take(2)[0][:, :first].clone()
     assert torch.equal(kept[True, False], kept[True, True])
     assert not torch.equal(kept[False, False], kept[False, True])
+
+
+class DenseAttention:
+    """References apart by a mask over all pairs of tokens, in one call."""
+
+    def __init__(self, adapter: Any, lengths: list[int]) -> None:
+        self._adapter = adapter
+        self._lengths = lengths
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Any = None,
+        encoder_hidden_states_mask: torch.Tensor | None = None,
+    ) -> Any:
+        joint = self._adapter.joint_qkv(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+        tokens = joint.query.shape[1]
+        seen = torch.ones(tokens, tokens, dtype=torch.bool)
+        start = tokens - sum(self._lengths)
+        for length in self._lengths:
+            seen[start : start + length] = False
+            seen[start : start + length, start : start + length] = True
+            start += length
+        heads = (tensor.transpose(1, 2) for tensor in (joint.query, joint.key, joint.value))
+        attended = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=seen)
+        return self._adapter.project_attention(attn, attended.transpose(1, 2).flatten(2, 3), joint.prefix)
+
+
+def test_references_apart_are_the_model_with_a_mask_and_references_at_t_0() -> None:
+    edit = EDITS["two references"]
+    dense = qwen_transformer(zero_cond_t=True)
+    processor = DenseAttention(adapter_of(dense), [48, 4])
+    for block in dense.transformer_blocks:
+        block.attn.set_processor(processor)
+    found, together = velocities(isolated(apart=True), edit, 2), velocities(isolated(), edit, 2)
+    for step, expected in enumerate(velocities(dense, edit, 2)["cond"]):
+        assert relative_error(found["cond"][step], expected) < 1e-5 < relative_error(together["cond"][step], expected)
 
 
 def test_one_reference_apart_is_one_reference() -> None:
@@ -263,3 +320,46 @@ def test_nothing_grows_over_50_calls(config: ReferenceKVConfig) -> None:
             assert not hook._kept._branches
     assert sets == {1 if config is ACROSS else 0}
     assert hook.bytes_held == 0
+
+
+def test_samples_with_references_of_other_sizes_cannot_be_told_apart() -> None:
+    model = isolated(apart=True)
+    edit = replace(EDITS["two references"], batch=2)
+    kwargs = edit.kwargs(edit.latents(), 1.0)
+    kwargs["img_shapes"] = [[(1, 4, 4), (1, 8, 8), (1, 2, 2)], kwargs["img_shapes"][1]]
+    with pytest.raises(ReferenceCacheError, match="52 reference tokens do not divide into pictures of 64 and 4"):
+        model(**kwargs)
+
+
+def test_the_published_causal_checkpoint_in_its_own_class_is_pointed_to_the_stock_one() -> None:
+    class QwenImageTransformerCausal2DModel(torch.nn.Module):
+        pass
+
+    with pytest.raises(ReferenceCacheError, match=r"by itself\. To use .* isolate_references\(pipe, apart=True\)"):
+        apply_reference_kv(QwenImageTransformerCausal2DModel(), EXACT)
+
+
+@pytest.fixture
+def graphs() -> Iterator[CompileCounter]:
+    torch._dynamo.reset()
+    yield CompileCounter()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("compiled_first", [False, True])
+def test_compiled_blocks_share_a_graph_of_references_and_one_of_steps(
+    graphs: CompileCounter, compiled_first: bool
+) -> None:
+    plain = isolated()
+    expected = velocities(plain, EDIT, STEPS)
+    model = qwen_transformer(zero_cond_t=True) if compiled_first else isolated()
+    for block in model.transformer_blocks:
+        block.compile(backend=graphs, fullgraph=True)
+    before = [block._compiled_call_impl for block in model.transformer_blocks]
+    with isolate_references(model) if compiled_first else nullcontext():
+        with reference_kv(model, EXACT):
+            assert equal(velocities(model, EDIT, STEPS), expected)
+            assert equal(velocities(model, EDIT, STEPS), expected)
+        assert graphs.frame_count == 2
+    if compiled_first:
+        assert [block._compiled_call_impl for block in model.transformer_blocks] == before

@@ -68,7 +68,7 @@ def test_keys_and_values_follow_from_the_reference_alone(other: str) -> None:
     found: list[list[torch.Tensor]] = []
 
     def record(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        kwargs["joint_attention_kwargs"][PASSING].keep = lambda block, key, value, source: found[-1].extend((key, value))
+        kwargs["joint_attention_kwargs"][PASSING].keep = lambda block, key, value, _: found[-1].extend((key, value))
 
     model.register_forward_pre_hook(record, with_kwargs=True)
     first = kontext_kwargs(1.0)
