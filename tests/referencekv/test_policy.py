@@ -112,7 +112,7 @@ def test_even_refreshes(steps: int, count: int) -> None:
 
 @pytest.mark.parametrize(
     ("steps", "expected"),
-    [(1, "F"), (4, "FFcc"), (8, "FcFccccc"), (12, "FcccFcccFccc"), (None, "FcccFcccFccc")],
+    [(1, "F"), (4, "FFcc"), (8, "FcFccFcc"), (12, "FcccFcccFccc"), (None, "FcccFcccFccc")],
 )
 def test_what_is_usual(steps: int | None, expected: str) -> None:
     assert pattern(rule_of(ReferenceKVConfig(), steps, exact=False), len(expected)) == expected
