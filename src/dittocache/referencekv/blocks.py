@@ -64,7 +64,7 @@ class _AroundBlock:
         self._handles, self._compiled = [], None
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        output = self._compiled(*args, **self._before(self._number, args, kwargs))
+        output = self._compiled(*args, **_without_views(self._before(self._number, args, kwargs)))
         self._after(self._number, output)
         return output
 
@@ -73,3 +73,13 @@ class _AroundBlock:
 
     def _post(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._after(self._number, output)
+
+
+def _without_views(block_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The two streams as tensors of their own: a linear layer gives the first block views, and the compiler a graph."""
+    own = dict(block_kwargs)
+    for name in ("hidden_states", "encoder_hidden_states"):
+        stream = own.get(name)
+        if isinstance(stream, torch.Tensor) and stream._is_view():
+            own[name] = stream.clone()
+    return own

@@ -85,7 +85,7 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
         self._said: set[str] = set()
         self._kept = RunKV(0)
         self._branches: dict[tuple[int, str], BranchReferences] = {}
-        self._runs_not_reused = 0
+        self._runs_of_one_step = 0
         self._filling: BranchReferences | None = None
         self._reading: BranchReferences | None = None
         self._layout = TokenLayout(0, 0)
@@ -99,6 +99,16 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
     def bytes_held(self) -> int:
         """Device memory of kept keys and values."""
         return self._kept.bytes_held
+
+    @property
+    def host_bytes_held(self) -> int:
+        """Memory on the host of those that are offloaded."""
+        return self._kept.host_bytes_held
+
+    @property
+    def bytes_predicted(self) -> int:
+        """Most device memory that they were expected to take, when they were about to be kept."""
+        return self._kept.predicted_bytes
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         """Called by diffusers when the hook is registered: stands in for every attention processor.
@@ -143,9 +153,9 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
         """
         ended = {run for run, _ in self._branches if run not in but}
         for run in ended:
-            reused = any(branch.was_reused for (number, _), branch in self._branches.items() if number == run)
-            self._runs_not_reused = 0 if reused else self._runs_not_reused + 1
-        if self._runs_not_reused >= 3:
+            went_on = any(branch.went_on for (number, _), branch in self._branches.items() if number == run)
+            self._runs_of_one_step = 0 if went_on else self._runs_of_one_step + 1
+        if self._runs_of_one_step >= 3:
             self._say_once(NEVER_REUSED)
         self._branches = {key: branch for key, branch in self._branches.items() if key[0] in but}
         self._kept.clear(but, shared_too)
@@ -192,7 +202,7 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
             if branch.is_filled:
                 branch.watch.keep(references)
         if branch.rule.never_reuses:  # nothing that is kept would be read
-            call.references, branch.was_reused = "computed", True
+            call.references, branch.went_on = "computed", True
             return self.fn_ref.original_forward(**forward_kwargs)
         sigma = self._clock.sigmas()[0] if branch.rule.needs_sigma else 0.0
         full = refresh_now(branch.rule, call.step, branch.since(sigma))
