@@ -28,6 +28,7 @@ from dittocache.referencekv.memory import (
 from dittocache.referencekv.offload import DeviceBlocks, OffloadedBlocks, PlainLink
 from dittocache.referencekv.storage import FP8, MODULATED_INPUT, NATIVE
 from dittocache.referencekv.store import BranchKV, RunKV
+from dittocache.sampling.session import cached
 
 QWEN_IMAGE = ReferenceSize(tokens=4096, batch=1, layers=60, heads=24, head_width=128, width=3072, element_size=2)
 PLAIN, OFFLOADED = Placement(NATIVE, False), Placement(NATIVE, True)
@@ -137,6 +138,20 @@ def test_what_was_predicted_is_held(storage: Any, offload: bool) -> None:
         assert hook._kept.host_bytes_held == (whole if offload else 0)
         hook.forget()
         assert hook.bytes_held == hook._kept.host_bytes_held == 0
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_trace_says_what_was_expected_and_what_was_held(offload: bool) -> None:
+    model = qwen_transformer()
+    with cached(model, reference_kv=FROZEN.model_copy(update={"offload": offload})) as trace:
+        velocities(model, GUIDED, STEPS)
+    whole = predicted_bytes(model, EDIT.reference, branches=2)
+    expected = whole * 2 // 3 if offload else whole
+    assert (trace.bytes_held, trace.reference_bytes_predicted) == (expected, expected)
+    assert trace.host_bytes_held == trace.as_dict()["host_bytes_held"] == (whole if offload else 0)
+    said = f"the caches held at most {expected / 1e6:.1f} MB ({expected / 1e6:.1f} MB expected for references)"
+    assert said in trace.summary()
+    assert ("on the host" in trace.summary()) == offload
 
 
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)

@@ -125,8 +125,16 @@ class _Recorder(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
             if call.drift is not None:
                 self._drifts.append((record, call.drift))
             self._trace.steps.append(record)
-            self._trace.bytes_held = max(self._trace.bytes_held, sum(cache.bytes_held for cache in self._caches))
+            self._weigh()
             return output
+
+    def _weigh(self) -> None:
+        trace = self._trace
+        trace.bytes_held = max(trace.bytes_held, sum(cache.bytes_held for cache in self._caches))
+        for cache in self._caches:
+            if isinstance(cache, ReferenceKVHook):
+                trace.host_bytes_held = max(trace.host_bytes_held, cache.host_bytes_held)
+                trace.reference_bytes_predicted = max(trace.reference_bytes_predicted, cache.bytes_predicted)
 
     def _timed(self, call: DenoisingCall, forward_kwargs: dict[str, Any]) -> tuple[StepRecord, Any]:
         record = StepRecord(call.run, call.step, call.branch, "", "", None, None, 0.0)

@@ -49,6 +49,10 @@ class Trace:
         self.steps: list[StepRecord] = []
         self.bytes_held = 0
         """Most memory that the caches held at a time, in bytes on the device."""
+        self.host_bytes_held = 0
+        """The same on the host, of references that are offloaded."""
+        self.reference_bytes_predicted = 0
+        """Of `bytes_held`, what references were expected to take, when they were about to be kept."""
         self.notes: list[str] = []
         """Remarks for the user: a cache that never triggered, settings that cannot work."""
 
@@ -95,6 +99,10 @@ class Trace:
             steps = [step for step in self.steps if (step.run, step.branch) == (run, branch)]
             lines.append(f"run {run}, {branch}: {_describe(steps)}")
         held = f"the caches held at most {self.bytes_held / 1e6:.1f} MB" if self.bytes_held else "no cache held memory"
+        if self.reference_bytes_predicted:
+            held += f" ({self.reference_bytes_predicted / 1e6:.1f} MB expected for references)"
+        if self.host_bytes_held:
+            held += f", and {self.host_bytes_held / 1e6:.1f} MB on the host"
         return "\n".join([*(lines or ["the transformer was not called"]), held, *self.notes])
 
     def as_dict(self) -> dict[str, Any]:
@@ -106,6 +114,8 @@ class Trace:
             "passes": self.passes,
             "seconds": self.seconds,
             "bytes_held": self.bytes_held,
+            "host_bytes_held": self.host_bytes_held,
+            "reference_bytes_predicted": self.reference_bytes_predicted,
             "notes": list(self.notes),
             "steps": [asdict(step) for step in self.steps],
         }
