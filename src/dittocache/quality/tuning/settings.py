@@ -41,9 +41,8 @@ class Setting:
     def key(self) -> str:
         """The same for settings that make the same picture."""
         chosen = [cache for cache in (self.teacache, self.reference_kv) if cache is not None]
-        return json.dumps(
-            [self.steps, *([cache.model_dump(mode="json") for cache in chosen] or [None])], sort_keys=True
-        )
+        caches: list[object] = [cache.model_dump(mode="json") for cache in chosen]
+        return json.dumps([self.steps, *(caches or [None])], sort_keys=True)
 
     @property
     def label(self) -> str:
