@@ -118,6 +118,20 @@ def test_the_trace() -> None:
     assert trace.notes == []
 
 
+def test_drift_and_work_stand_in_the_trace() -> None:
+    model = qwen_transformer()
+    with cached(model, SKIPPING, ReferenceKVConfig(refresh=2)) as trace:
+        velocities(model, EDIT, STEPS)
+    assert marks(trace) == "c..r..cr"
+    assert [step.step for step in trace.steps if step.drift is not None] == [6]
+    [drift] = [step.drift for step in trace.steps if step.drift is not None]
+    assert 0 < drift < 2
+    saved = EDIT.reference / (EDIT.text_tokens + EDIT.noise + EDIT.reference)
+    assert trace.passes == pytest.approx(2 + 2 * (1 - saved))
+    assert f"their keys had drifted by {drift:.1%}" in trace.summary()
+    assert json.loads(json.dumps(trace.as_dict()))["steps"][6]["drift"] == drift
+
+
 def test_remarks_stand_in_the_trace(caplog: pytest.LogCaptureFixture) -> None:
     model = qwen_transformer()
     with cached(model, SKIPPING.model_copy(update={"rel_l1_thresh": 1e-9})) as trace:

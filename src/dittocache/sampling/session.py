@@ -50,7 +50,8 @@ def cached(
         reference_kv: settings of the reference KV cache; None: off.
 
     Raises StepCacheError where caches are on for this transformer already or TeaCache does not know the model,
-    ReferenceCacheError where references cannot be cached, ModelError where there is no transformer.
+    ReferenceCacheError where references cannot be cached or would not be exact as asked, ModelError where there is no
+    transformer.
     """
     denoiser = find_denoiser(target)
     module = denoiser.module
