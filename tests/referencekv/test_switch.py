@@ -16,6 +16,8 @@ from dittocache import (
     Omni,
     OmniDiffusionConfig,
     ReferenceKVConfig,
+    TeaCacheAdapter,
+    TeaCacheConfig,
     cached,
     clear_image_token_caches,
     disable_image_kv_cache,
@@ -28,6 +30,9 @@ from dittocache.families.base import Sizes
 from dittocache.families.denoiser import installed_hook
 from dittocache.families.qwen_image_sizes import pipeline_sizes
 from dittocache.referencekv.hook import HOOK_NAME
+from dittocache.referencekv.switch import SESSION_HOOK, STEP_CACHE_HOOK
+from dittocache.sampling import session
+from dittocache.teacache import hook as teacache_hook
 
 STEPS = 4
 FROZEN = ReferenceKVConfig(refresh=(0,))
@@ -170,6 +175,18 @@ def test_within_a_session_it_is_paused_and_goes_on() -> None:
         velocities(model, EDIT, STEPS)
     assert [step.references for step in trace.steps] == [None] * STEPS + ["computed"] + ["reused"] * (STEPS - 1)
     assert installed_hook(model, HOOK_NAME) is None
+
+
+def test_within_a_session_or_a_step_cache_it_comes_too_late() -> None:
+    model, settings = qwen_transformer(), TeaCacheConfig(num_inference_steps=STEPS)
+    assert (SESSION_HOOK, STEP_CACHE_HOOK) == (session.HOOK_NAME, teacache_hook.HOOK_NAME)
+    with cached(model, settings), pytest.raises(ReferenceCacheError, match=r"give both to one cached\("):
+        set_image_token_cache_enabled(model, True)
+    adapter = TeaCacheAdapter(settings)
+    adapter.apply(model)
+    with pytest.raises(ReferenceCacheError, match="turn the reference cache on before"):
+        set_image_token_cache_enabled(model, True)
+    adapter.remove(model)
 
 
 def test_a_block_that_fails_leaves_nothing(pipe: Any) -> None:

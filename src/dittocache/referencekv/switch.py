@@ -20,6 +20,8 @@ from dittocache.referencekv.config import ReferenceKVConfig
 from dittocache.referencekv.hook import HOOK_NAME, ReferenceKVHook, apply_reference_kv, remove_reference_kv
 
 ARGUMENT = "use_image_kv_cache"
+SESSION_HOOK = "dittocache_session"
+STEP_CACHE_HOOK = "dittocache_teacache"
 _STOCK = "_dittocache_stock_class"
 _CONFIG = "_dittocache_reference_kv"
 
@@ -37,14 +39,14 @@ def set_image_token_cache_enabled(target: Any, enabled: bool = True, config: Ref
     """
     hook = _hook_of(target)
     if not enabled:
-        if hook is not None and installed_hook(find_denoiser(target).module, "dittocache_session") is not None:
+        if hook is not None and installed_hook(find_denoiser(target).module, SESSION_HOOK) is not None:
             hook.enabled = False
             hook.forget()
         elif hook is not None:
             remove_reference_kv(target)
         return
     if hook is None:
-        apply_reference_kv(target, config or _config_of(target))
+        _apply(target, config)
         return
     if config is not None and config != hook.config:
         raise ReferenceCacheError(
@@ -102,7 +104,7 @@ def for_one_call(pipe: Any, wanted: bool | None, config: ReferenceKVConfig | Non
     hook, installed = _hook_of(pipe), False
     before = hook is not None and hook.enabled
     if hook is None and wanted:
-        hook, installed = apply_reference_kv(pipe, config or _config_of(pipe)), True
+        hook, installed = _apply(pipe, config), True
     if hook is None:
         yield
         return
@@ -136,6 +138,16 @@ def _with_argument(stock: type) -> type:
     with_argument.__signature__ = signature  # type: ignore[attr-defined]
     same = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(stock.__name__, (stock,), {**same, "__call__": with_argument, _STOCK: stock})
+
+
+def _apply(target: Any, config: ReferenceKVConfig | None) -> ReferenceKVHook:
+    module = find_denoiser(target).module
+    if any(installed_hook(module, name) is not None for name in (SESSION_HOOK, STEP_CACHE_HOOK)):
+        raise ReferenceCacheError(
+            f"a step cache or a session is on for this {type(module).__name__}: it must stand around the reference KV "
+            "cache, so that one comes first; give both to one cached(...), or turn the reference cache on before"
+        )
+    return apply_reference_kv(target, config or _config_of(target))
 
 
 def _hook_of(target: Any) -> ReferenceKVHook | None:
