@@ -213,6 +213,38 @@ def test_what_does_not_fit_leaves_nothing() -> None:
         assert hook.bytes_held == 0
 
 
+@pytest.mark.parametrize("settings", [{"storage": "fp8", "offload": True}, {"max_gb": 1e-4}], ids=str)
+def test_nothing_grows_over_50_calls(settings: Any) -> None:
+    model = qwen_transformer()
+    with reference_kv(model, ReferenceKVConfig(refresh=2, **settings)) as hook:
+        for call in range(50):
+            velocities(model, replace(EDIT, seed=call % 3, batch=1 + call % 2), 1 + 3 * (call % 10 == 0))
+            hook.reset_state(model)
+            assert hook.bytes_held == hook.host_bytes_held == 0
+            assert not hook._kept._sets
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_an_error_leaves_nothing_half_filled_on_either_side(error: Any, step: int) -> None:
+    config = ReferenceKVConfig(refresh=2, offload=True)
+    model, fresh = qwen_transformer(), qwen_transformer()
+    with reference_kv(fresh, config):
+        expected = velocities(fresh, GUIDED, STEPS)
+    with reference_kv(model, config) as hook:
+        velocities(model, GUIDED, STEPS, stop=step)
+
+        def explode(*_: Any) -> None:
+            raise error("injected")
+
+        handle = model.transformer_blocks[1].register_forward_pre_hook(explode)
+        with pytest.raises(error, match="injected"), model.cache_context("cond"), torch.no_grad():
+            model(**GUIDED.kwargs(GUIDED.latents(), 1 - step / STEPS))
+        handle.remove()
+        assert hook.bytes_held == hook.host_bytes_held == 0
+        assert equal(velocities(model, GUIDED, STEPS), expected)
+
+
 def test_slices_are_not_kept_alive() -> None:
     whole = torch.zeros(1, 100, 2, 16)
     for form in (NATIVE, FP8):

@@ -165,7 +165,8 @@ def _project(
     frequencies: tuple[torch.Tensor, ...],
 ) -> KeyValue:
     weight: torch.Tensor = next(attention.to_k.parameters())
-    if weight.device != modulated.device:
+    brought_in = hasattr(attention.to_k, "_hf_hook") or hasattr(attention.to_k, "_diffusers_hook")  # layer by layer
+    if weight.device != modulated.device and not brought_in:
         raise ReferenceCacheError(
             "storage 'modulated_input' computes keys and values of references anew before each block, but the weights "
             f"of this block are on {weight.device}, its input on {modulated.device}: offloading brings them in later; "

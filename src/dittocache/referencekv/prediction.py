@@ -37,7 +37,6 @@ class BranchReferences:
         """`|K - K predicted| / |K|` at the last refresh, 0-dim on the device; None where nothing was predicted."""
         self._newest = newest
         self._older = older
-        self._first = blocks[0]
         self._metered = {blocks[len(blocks) * quarter // 4] for quarter in (1, 2, 3)}
         self._reused = newest.reused  # computed steps since the last refresh; None before the first
         self._step = 0
@@ -98,9 +97,8 @@ class BranchReferences:
         """The next `take` are for this noise level."""
         weight = slope_weight(self._sigmas, sigma) if self._older is not None else 0.0
         self._slope = None
-        if weight != 0:
-            key, _ = self._newest.take(self._first)
-            self._slope = torch.full((), 1 + weight, dtype=key.dtype, device=key.device)
+        if weight != 0 and self._newest.like is not None:
+            self._slope = self._newest.like.new_full((), 1 + weight)
 
     def take(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one block at the noise level aimed at."""

@@ -34,6 +34,8 @@ class BranchKV:
         self._kept: DeviceBlocks | OffloadedBlocks = DeviceBlocks()
         self._frequencies: tuple[torch.Tensor, ...] | None = None
         self.placement = AS_COMPUTED
+        self.like: torch.Tensor | None = None
+        """Of the dtype and device of K in the first block, and empty; None before it was put."""
         self.size: ReferenceSize | None = None
         """None before the first was put."""
         self.reused: int | None = None
@@ -66,6 +68,7 @@ class BranchKV:
             source: what they are computed from, where that may be kept in their stead.
         """
         if not self._restore:
+            self.like = key.new_empty(0)
             self._settle(AS_COMPUTED if self._decide is None else self._decide(self, key, source))
         self._keep(block, key.detach(), value.detach(), source)
 
