@@ -178,6 +178,16 @@ def test_the_modulated_input_changes_nothing_but_rounding_and_8_bits_little() ->
     assert 0 < relative_error(last["fp8"], last["native"]) < 0.02 < relative_error(last["native"], stock)
 
 
+def test_weights_that_are_elsewhere_are_an_error_that_names_the_way_out() -> None:
+    model = qwen_transformer()
+    with reference_kv(model, FROZEN.model_copy(update={"storage": "modulated_input"})) as hook, torch.no_grad():
+        model(**EDIT.kwargs(EDIT.latents(), 1.0))
+        model.transformer_blocks[1].attn.to_k.to("meta")  # where sequential offloading leaves them
+        with pytest.raises(ReferenceCacheError, match=r"on meta, its input on cpu: .* set storage to native"):
+            model(**EDIT.kwargs(EDIT.latents(), 0.5))
+        assert hook.bytes_held == 0
+
+
 def test_a_second_branch_makes_the_first_one_move() -> None:
     one = predicted_bytes(qwen_transformer(), EDIT.reference)
     remarks: list[str] = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -172,9 +173,11 @@ def _project(
             f"of this block are on {weight.device}, its input on {modulated.device}: offloading brings them in later; "
             "set storage to native or fp8, or offload: true"
         )
-    tokens = modulated.split(parts, dim=1)
-    own = zip(*(one.split(parts) for one in frequencies), strict=True) if frequencies else [()] * len(parts)
-    pairs = [adapter.reference_kv(attention, part, freqs) for part, freqs in zip(tokens, own, strict=True)]
+    ends = list(accumulate(parts))
+    spans = [slice(end - part, end) for end, part in zip(ends, parts, strict=True)]
+    pairs = [
+        adapter.reference_kv(attention, modulated[:, span], tuple(one[span] for one in frequencies)) for span in spans
+    ]
     if len(pairs) == 1:
         return pairs[0]
     key, value = (torch.cat(one, dim=1) for one in zip(*pairs, strict=True))

@@ -64,7 +64,7 @@ class Isolation:
         self.suspended = False
         self._passing: ReferencePass | None = None
         self._attention: list[tuple[Any, IsolatedAttention]] = []
-        parts = (module, *adapter.blocks(module))
+        parts: list[Any] = [module, *adapter.blocks(module)]
         self._zero_cond_t = [part for part in parts if getattr(part, "zero_cond_t", False)]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._apply()
