@@ -38,8 +38,8 @@ class ReferenceKVConfig(Settings):
 
     storage: Storage = "auto"
     """What is kept of a reference token. `native`: K and V as computed. `fp8`: both in 8 bits, half the memory, with a
-    small error. `modulated_input`: what K and V are computed from, half the memory, no error, more work at each step.
-    `auto`: `native`, or what fits `max_gb`."""
+    small error (so that exact references are not quite exact). `modulated_input`: what K and V are computed from, half
+    the memory, no error, more work at each step. `auto`: `native`, or what fits `max_gb`."""
     offload: bool = False
     """Keep it in the host's memory; blocks fetch theirs ahead of time. With `max_gb` it is done where nothing else
     fits."""
@@ -102,6 +102,15 @@ class ReferenceKVConfig(Settings):
             raise ValueError(
                 "extrapolate continues the line through two refreshes into steps without one; refresh "
                 f"{list(self.refresh) if isinstance(self.refresh, tuple) else self.refresh} leaves none to continue"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_something_to_store(self) -> Self:
+        if self.refresh == 1 and (self.storage != "auto" or self.offload or self.max_gb is not None):
+            raise ValueError(
+                "refresh 1 computes references at every step and keeps nothing, so storage, offload and max_gb say "
+                "nothing; leave them out, or refresh less often"
             )
         return self
 
