@@ -53,16 +53,16 @@ def test_quality_is_measured_edit_by_edit_and_once(
         return [one for one in every(steps) if one.name in ("2 plain steps", "step 0 only", "every 2")]
 
     monkeypatch.setattr(reference_kv_quality, "settings", some)
-    words = ["--edits", "1", "--steps", "3", "--kinds", "zero", "--results", str(tmp_path)]
+    words = ["--edits", "1", "--steps", "4", "--kinds", "zero", "--results", str(tmp_path)]
     report = reference_kv_quality.main(words)
-    rows = {row["setting"]: row for row in report["cases"]["zero, 3 steps"]["rows"]}
-    assert (rows["step 0 only"]["full"], rows["step 0 only"]["reused"]) == (1, 2)
-    assert (rows["every 2"]["full"], rows["every 2"]["reused"]) == (2, 1)
+    rows = {row["setting"]: row for row in report["cases"]["zero, 4 steps"]["rows"]}
+    assert (rows["step 0 only"]["full"], rows["step 0 only"]["reused"]) == (1, 3)
+    assert (rows["every 2"]["full"], rows["every 2"]["reused"]) == (2, 2)
     assert rows["every 2"]["psnr"] > rows["step 0 only"]["psnr"]
     assert rows["every 2"]["flip"] < rows["step 0 only"]["flip"]
     real = reference_kv_quality.REAL
-    assert rows["step 0 only"]["saving_1024"] == pytest.approx(real.saving(1, 3))
-    assert rows["2 plain steps"]["saving_1024"] == pytest.approx(1 / 3)
+    assert rows["step 0 only"]["saving_1024"] == pytest.approx(real.saving(1, 4))
+    assert rows["2 plain steps"]["saving_1024"] == pytest.approx(1 / 2)
 
     monkeypatch.setattr(reference_kv_quality.Runs, "measure", None)  # nothing is measured twice
     assert reference_kv_quality.main(words)["cases"] == report["cases"]
@@ -79,7 +79,7 @@ def test_settings_differ_with_the_number_of_steps() -> None:
 def test_every_edit_has_its_own_prompt_and_picture() -> None:
     runs = reference_kv_quality.Runs("zero", evaluation_edits(2))
     plain = reference_kv_quality.Setting("plain")
-    pictures = [runs.run(number, 1, plain)[0].tobytes() for number in (0, 1, 0)]
+    pictures = [runs.run(number, 2, plain)[0].tobytes() for number in (0, 1, 0)]
     assert pictures[0] == pictures[2] != pictures[1]
 
 
