@@ -47,7 +47,7 @@ def test_the_command_line_says_all_of_it(words: list[str], expected: ReferenceKV
         ({"mode": "exact", "refresh": 2}, "refresh says nothing"),
         ({"mode": "exact", "extrapolate": True}, "extrapolate says nothing"),
         ({"mode": "exact", "freeze_from_layer": 2}, "freeze_from_layer says nothing"),
-        ({"drift_tolerance": 0.1}, "refresh 'adaptive' only, found refresh None"),
+        ({"drift_tolerance": 0.3}, "refresh 'adaptive' only, found refresh None"),
         ({"extrapolate": True, "refresh": (0,)}, "refresh \\[0\\] leaves none"),
         ({"extrapolate": True, "refresh": 1}, "refresh 1 leaves none"),
         ({"mode": "approx", "reuse_across_calls": True}, "exact references"),

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dittocache.settings import Settings
 
-DRIFT_TOLERANCE = 0.15
+DRIFT_TOLERANCE = 0.1
 Refresh = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=0)], ...] | Literal["adaptive"] | None
 Storage = Literal["auto", "native", "fp8", "modulated_input"]
 
