@@ -47,7 +47,7 @@ class Factors:
 
     def merge(self) -> None:
         """Give the layer the weight that it has with its LoRA, gradients flowing to the factors."""
-        self.layer.weight = self.base + self.up @ self.down  # type: ignore[assignment]
+        self.layer.weight = self.base + self.up @ self.down
 
 
 def add_factors(transformer: nn.Module, rank: int) -> dict[str, Factors]:
