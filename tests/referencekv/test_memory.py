@@ -320,6 +320,7 @@ def test_what_was_on_its_way_is_not_taken_for_what_was_put_since() -> None:
     kept.take(0)  # 1 is on its way
     kept.empty()
     assert kept.device_bytes == 0
+    assert not kept._arriving
     for block in (0, 1):
         kept.put(block, (torch.full((4,), 10 + block),))
     assert kept.take(1)[0].tolist() == [11] * 4

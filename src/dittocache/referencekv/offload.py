@@ -55,8 +55,8 @@ class PlainLink:
 
     def send(self, tensors: Tensors, into: Tensors | None) -> Tensors:
         """Copies in ordinary memory."""
-        if _fits(tensors, into):
-            return tuple(host.copy_(tensor) for host, tensor in zip(into or (), tensors, strict=True))
+        if into is not None and _fits(tensors, into):
+            return tuple(host.copy_(tensor) for host, tensor in zip(into, tensors, strict=True))
         return tuple(tensor.detach().to("cpu", copy=True) for tensor in tensors)
 
     def fetch(self, tensors: Tensors) -> Arriving:
@@ -73,14 +73,15 @@ class CudaLink:
 
     def send(self, tensors: Tensors, into: Tensors | None) -> Tensors:
         """Copies in pinned memory, valid for what the side stream does later: `fetch`."""
-        hosts = into if _fits(tensors, into) else tuple(_pinned(tensor) for tensor in tensors)
+        if into is None or not _fits(tensors, into):
+            into = tuple(_pinned(tensor) for tensor in tensors)
         self._side.wait_stream(torch.cuda.current_stream(self._device))  # they are computed there
         with torch.cuda.stream(self._side):
-            for host, tensor in zip(hosts or (), tensors, strict=True):
+            for host, tensor in zip(into, tensors, strict=True):
                 host.copy_(tensor.detach(), non_blocking=True)
         for tensor in tensors:
             tensor.record_stream(self._side)  # its memory is not given away before the copy is over
-        return hosts or ()
+        return into
 
     def fetch(self, tensors: Tensors) -> Arriving:
         """Begin behind everything that has been asked for so far, beside everything that is asked for from now on."""
@@ -203,8 +204,8 @@ def _bytes(tensors: Tensors) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _fits(tensors: Tensors, into: Tensors | None) -> bool:
-    if into is None or (into[0].is_inference() and not torch.is_inference_mode_enabled()):
+def _fits(tensors: Tensors, into: Tensors) -> bool:
+    if into[0].is_inference() and not torch.is_inference_mode_enabled():
         return False
     return [(one.shape, one.dtype) for one in tensors] == [(one.shape, one.dtype) for one in into]
 
