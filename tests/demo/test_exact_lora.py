@@ -8,12 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from dittocache.demo.model import MODEL_DIR, load_pipeline
+from dittocache.demo.edits import evaluation_edits
+from dittocache.demo.evaluate import generate
+from dittocache.demo.model import EXACT_LORA_DIR, MODEL_DIR, load_pipeline
 from dittocache.demo.train import exact_lora
 from dittocache.demo.train.configs import build_transformer
 from dittocache.demo.train.dataset import Dataset
 from dittocache.demo.train.fast import GRID, TrainingForward
+from dittocache.quality.metrics import psnr
+from dittocache.referencekv.config import ReferenceKVConfig
 from dittocache.referencekv.isolation import isolate_references
+from dittocache.sampling.session import cached
 from dittocache.training.lora import read_reference_visibility
 
 
@@ -94,3 +99,21 @@ def test_a_saved_lora_is_what_was_trained(tmp_path: Path) -> None:
     pipe.load_lora_weights(tmp_path)
     found = _stock(pipe.transformer, noisy, reference, embeds)
     assert (found - expected).norm() < 0.01 * (expected - without).norm()  # 16-bit factors
+
+
+def test_with_the_bundled_lora_cached_pictures_are_the_uncached_ones() -> None:
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    assert read_reference_visibility(EXACT_LORA_DIR) == "isolated"
+    assert sum(path.stat().st_size for path in EXACT_LORA_DIR.iterdir()) < 3e6
+    pipe.load_lora_weights(EXACT_LORA_DIR)
+    edits = evaluation_edits(2)
+    with isolate_references(pipe):
+        for seed, edit in enumerate(edits):
+            source, target = edit.images()
+            uncached = generate(pipe, source, edit.instruction, seed, steps=4)
+            with cached(pipe, reference_kv=ReferenceKVConfig(mode="exact")) as trace:
+                picture = generate(pipe, source, edit.instruction, seed, steps=4)
+            assert picture.tobytes() == uncached.tobytes()
+            assert trace.references_reused >= 3
+            assert psnr(picture, target) > 22  # 17 without the LoRA
