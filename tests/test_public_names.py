@@ -40,6 +40,9 @@ EXPORTED = [
     "Trace",
     "cached",
     "check_cache_exists",
+    "clear_image_token_caches",
+    "disable_image_kv_cache",
+    "enable_image_kv_cache",
     "generate",
     "get_extractor",
     "isolate_references",
@@ -47,6 +50,7 @@ EXPORTED = [
     "psnr",
     "register_extractor",
     "request",
+    "set_image_token_cache_enabled",
     "setup_cache",
     "ssim",
 ]

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from dittocache.quality.metrics import ssim as ssim
     from dittocache.referencekv.config import ReferenceKVConfig as ReferenceKVConfig
     from dittocache.referencekv.isolation import isolate_references as isolate_references
+    from dittocache.referencekv.switch import clear_image_token_caches as clear_image_token_caches
+    from dittocache.referencekv.switch import disable_image_kv_cache as disable_image_kv_cache
+    from dittocache.referencekv.switch import enable_image_kv_cache as enable_image_kv_cache
+    from dittocache.referencekv.switch import set_image_token_cache_enabled as set_image_token_cache_enabled
     from dittocache.sampling.config import GenerateConfig as GenerateConfig
     from dittocache.sampling.generate import generate as generate
     from dittocache.sampling.omni import Omni as Omni
@@ -81,6 +85,9 @@ _HOMES = {
     "Trace": "dittocache.sampling.trace",
     "cached": "dittocache.sampling.session",
     "check_cache_exists": "dittocache.embeddings.manager",
+    "clear_image_token_caches": "dittocache.referencekv.switch",
+    "disable_image_kv_cache": "dittocache.referencekv.switch",
+    "enable_image_kv_cache": "dittocache.referencekv.switch",
     "generate": "dittocache.sampling.generate",
     "get_extractor": "dittocache.teacache.extractors",
     "isolate_references": "dittocache.referencekv.isolation",
@@ -88,6 +95,7 @@ _HOMES = {
     "psnr": "dittocache.quality.metrics",
     "register_extractor": "dittocache.teacache.extractors",
     "request": "dittocache.families.run_clock",
+    "set_image_token_cache_enabled": "dittocache.referencekv.switch",
     "setup_cache": "dittocache.teacache.apply",
     "ssim": "dittocache.quality.metrics",
 }

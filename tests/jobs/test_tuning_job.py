@@ -72,14 +72,15 @@ def test_calibrate_then_tune_then_generate(config: RunConfig, folder: Path) -> N
     assert sum(point["plain"] for point in told["points"]) > 0
     assert sum(point["chosen"] for point in told["points"]) == 1
     written = yaml.safe_load((inputs.run_dir / "teacache.yaml").read_text())
-    assert written in ({"teacache": tuned.settings}, {"generate": {"num_inference_steps": 4}})
+    kept = {"reference_kv": result_of(inputs)["reference_kv"]} if "reference_kv" in result_of(inputs) else {}
+    assert written in ({"teacache": tuned.settings, **kept}, {"generate": {"num_inference_steps": 4}})
 
-    found = check_config(config.model_dump(mode="json"), {"teacache": {"profile": "auto"}})
+    found = check_config(config.model_dump(mode="json"), {"teacache": {"profile": "auto"}, **kept})
     sized = inputs.config.generate
     pipe = load_pipeline(inputs)
     edit = edits_of(inputs)[1][0]
-    picture = generate(pipe, edit.images, edit.prompt, sized, inputs.sizes, found.teacache)
-    assert picture.trace.skipped > 0
+    picture = generate(pipe, edit.images, edit.prompt, sized, inputs.sizes, found.teacache, found.reference_kv)
+    assert picture.trace.passes < 5
     assert not any("profile was made" in note for note in picture.trace.notes)
 
     progress = [event for event in read_events(inputs.run_dir / EVENTS_NAME) if event["kind"] == "progress"]

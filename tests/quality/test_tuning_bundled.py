@@ -16,6 +16,7 @@ from dittocache.quality.tuning.measurement import Ledger
 from dittocache.quality.tuning.settings import Setting, late_schedule
 from dittocache.quality.tuning.target import Target
 from dittocache.quality.tuning.tune import Tuned, tune
+from dittocache.referencekv.config import ReferenceKVConfig
 from dittocache.sampling.generate import Picture
 from dittocache.sampling.session import cached
 
@@ -29,7 +30,7 @@ class Drawn:
     key: str
 
     def make(self, setting: Setting) -> Picture:
-        with cached(self.pipe, setting.teacache) as trace:
+        with cached(self.pipe, setting.teacache, setting.reference_kv) as trace:
             began = time.perf_counter()
             steps = setting.steps or STEPS
             image = generate(self.pipe, self.edit.images()[0], self.edit.instruction, int(self.key), steps)
@@ -60,3 +61,14 @@ def test_what_it_counts_is_what_ran(found: tuple[Tuned, list[Drawn], Ledger]) ->
     assert (one.passes, one.uncached_passes) == (4, STEPS)
     assert tuned.best is not None and tuned.best.wall is not None
     assert {point.samples for point in tuned.measured} == {2}
+
+
+def test_kept_references_count_by_their_share_of_the_tokens(found: tuple[Tuned, list[Drawn], Ledger]) -> None:
+    _, unseen, ledger = found
+    frozen = Setting("frozen", "", reference_kv=ReferenceKVConfig(refresh=(0,)))
+    (one,) = ledger.measure(frozen, unseen[:1])
+    text = round(64 / (1 - (one.passes - 1) / (STEPS - 1)) - 128)  # of 64 noise and 64 reference tokens
+    assert 10 < text < 40
+    assert one.passes == pytest.approx(1 + (STEPS - 1) * (64 + text) / (128 + text))
+    assert one.uncached_passes == STEPS
+    assert 20 < one.psnr < 100

@@ -19,6 +19,7 @@ from dittocache.quality.tuning.search import harshest, mildest, search
 from dittocache.quality.tuning.settings import PLAIN, UNCACHED, Method, Setting, all_methods, plain_steps, spread
 from dittocache.quality.tuning.target import Target
 from dittocache.quality.tuning.tune import tune
+from dittocache.referencekv.config import ReferenceKVConfig
 from dittocache.sampling.generate import Picture
 from dittocache.sampling.trace import StepRecord, Trace
 from dittocache.teacache.config import TeaCacheConfig
@@ -196,3 +197,26 @@ def test_every_sweep_grows_harsher_and_makes_settings_that_exist() -> None:
     )
     assert [one.name for one in all_methods(3, calibration)] == [PLAIN]  # nothing between two first and the last step
     assert not any("residual" in one.name for one in all_methods(28, {}, knows_blocks=False))
+
+
+def test_references_are_searched_alone_and_together_with_skipped_steps() -> None:
+    methods = {one.name: one.settings for one in all_methods(8, {}, references="drift")}
+    evenly = [one.reference_kv for one in methods["references refreshed evenly"]]
+    assert [one.refresh for one in evenly if one is not None][-3:] == [(0, 2, 5), (0, 4), (0,)]
+    tolerances = [
+        one.reference_kv.drift_tolerance for one in methods["references refreshed by drift"] if one.reference_kv
+    ]
+    assert tolerances == sorted(tolerances) and len(set(tolerances)) > 10
+    assert all(one.teacache is None for name in list(methods)[-6:-4] for one in methods[name])
+    both = [one for name in list(methods)[-4:] for one in methods[name]]
+    assert all(one.teacache is not None and one.reference_kv is not None for one in both)
+    assert {one.teacache.gate for one in both if one.teacache} == {"error", "schedule"}
+    kept = [one.key for settings in methods.values() for one in settings if one.reference_kv is not None]
+    assert len(set(kept)) == len(kept)
+    assert not any("references" in one.name for one in all_methods(8, {}))
+
+
+def test_exact_references_are_kept_and_never_refreshed() -> None:
+    methods = [one for one in all_methods(8, {}, references="exact") if "references" in one.name]
+    assert {one.reference_kv for method in methods for one in method.settings} == {ReferenceKVConfig()}
+    assert [len(method.settings) for method in methods][0] == 1

@@ -11,7 +11,7 @@ import torch
 from dittocache.referencekv.config import ReferenceKVConfig
 from dittocache.referencekv.hook import ReferenceKVHook, apply_reference_kv, remove_reference_kv
 
-FROZEN = ReferenceKVConfig()
+FROZEN = ReferenceKVConfig(refresh=(0,))
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from tests.referencekv.cached_steps import FROZEN, reference_kv
 from dittocache.errors import ModelError, ReferenceCacheError
 from dittocache.families.denoiser import is_isolated
 from dittocache.families.registry import adapter_of
-from dittocache.referencekv.isolation import PASSING, isolate_references
+from dittocache.referencekv.isolated_block import PASSING
+from dittocache.referencekv.isolation import isolate_references
 from dittocache.sampling.session import cached
 from dittocache.teacache.config import TeaCacheConfig
 
@@ -34,7 +35,7 @@ def recorded(model: Any) -> Iterator[KeysAndValues]:
     """K and V of the references, block by block, of every call within."""
     found: KeysAndValues = []
 
-    def keep(block: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def keep(block: int, key: torch.Tensor, value: torch.Tensor, source: Any) -> None:
         found.append((key.detach().clone(), value.detach().clone()))
 
     def record(module: Any, args: Any, kwargs: dict[str, Any]) -> None:

@@ -11,7 +11,8 @@ from tests.referencekv.cached_steps import reference_kv
 from tests.referencekv.test_kontext import kontext_kwargs
 
 from dittocache.families.registry import adapter_of
-from dittocache.referencekv.isolation import PASSING, isolate_references
+from dittocache.referencekv.isolated_block import PASSING
+from dittocache.referencekv.isolation import isolate_references
 
 NOISE, REFERENCE = 16, 24
 
@@ -67,7 +68,7 @@ def test_keys_and_values_follow_from_the_reference_alone(other: str) -> None:
     found: list[list[torch.Tensor]] = []
 
     def record(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        kwargs["joint_attention_kwargs"][PASSING].keep = lambda block, *tensors: found[-1].extend(tensors)
+        kwargs["joint_attention_kwargs"][PASSING].keep = lambda block, key, value, _: found[-1].extend((key, value))
 
     model.register_forward_pre_hook(record, with_kwargs=True)
     first = kontext_kwargs(1.0)

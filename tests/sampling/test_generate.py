@@ -70,12 +70,12 @@ def test_exact_settings_are_the_stock_pipeline_bit_for_bit(edit_pipe: Any, pictu
 
 def test_caches_skip_and_reuse_in_a_pipeline(edit_pipe: Any, pictures: Any) -> None:
     stock = generate(edit_pipe, pictures, "make it red", CONFIG, SIZES)
-    found = generate(edit_pipe, pictures, "make it red", CONFIG, SIZES, SKIPPING, ReferenceKVConfig())
-    again = generate(edit_pipe, pictures, "make it red", CONFIG, SIZES, SKIPPING, ReferenceKVConfig())
+    found = generate(edit_pipe, pictures, "make it red", CONFIG, SIZES, SKIPPING, ReferenceKVConfig(refresh=(0,)))
+    again = generate(edit_pipe, pictures, "make it red", CONFIG, SIZES, SKIPPING, ReferenceKVConfig(refresh=(0,)))
     assert "[c..r.r]" in found.trace.summary()  # the last step is known from the scheduler
     assert found.trace.notes == []
     assert pixels(found.image) == pixels(again.image) != pixels(stock.image)
-    other = generate(edit_pipe, pictures, "make it blue", CONFIG, SIZES, SKIPPING, ReferenceKVConfig())
+    other = generate(edit_pipe, pictures, "make it blue", CONFIG, SIZES, SKIPPING, ReferenceKVConfig(refresh=(0,)))
     assert pixels(other.image) != pixels(found.image)
 
 
@@ -92,12 +92,12 @@ def test_runs_in_a_session_do_not_know_of_each_other(edit_pipe: Any, pictures: A
         return kwargs
 
     def fresh(index: int, **options: Any) -> Any:
-        with cached(edit_pipe, SKIPPING, ReferenceKVConfig()):
+        with cached(edit_pipe, SKIPPING, ReferenceKVConfig(refresh=(0,))):
             return pixels(call(index, **options))
 
     with pipeline_sizes(SIZES):
         alone = [fresh(0), fresh(1), fresh(0, num_inference_steps=4)]
-        with cached(edit_pipe, SKIPPING, ReferenceKVConfig()) as trace:
+        with cached(edit_pipe, SKIPPING, ReferenceKVConfig(refresh=(0,))) as trace:
             call(0, callback_on_step_end=stop_at_the_second_step)
             assert pixels(call(1)) == alone[1]  # another size, behind an interrupt
             call(1, callback_on_step_end=stop_at_the_second_step)
@@ -136,7 +136,7 @@ def test_text_to_image(family: str) -> None:
     assert pixels(exact.image) == pixels(stock.image)
     assert "[c..c.c]" in skipping.trace.summary()
     with pytest.raises(ReferenceCacheError, match="no reference tokens"):
-        generate(pipe, [], "a red circle", config, SIZES, reference_kv=ReferenceKVConfig())
+        generate(pipe, [], "a red circle", config, SIZES, reference_kv=ReferenceKVConfig(refresh=(0,)))
 
 
 def test_references_from_files(edit_pipe: Any, pictures: Any, tmp_path: Path) -> None:

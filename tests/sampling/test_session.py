@@ -12,6 +12,7 @@ from tests.denoising import EDIT, Pipeline, equal, fail_in, flux_transformer, qw
 
 from dittocache.errors import ModelError, ReferenceCacheError, StepCacheError
 from dittocache.referencekv.config import ReferenceKVConfig
+from dittocache.referencekv.prediction import BranchReferences
 from dittocache.sampling.session import cached
 from dittocache.teacache.config import TeaCacheConfig
 
@@ -53,23 +54,31 @@ def test_refreshes_count_computed_steps() -> None:
     assert marks(trace) == marks(trace, "uncond") == "c..r..cr"
 
 
-def test_a_skipped_step_touches_no_keys_and_values() -> None:
-    model, ran = qwen_transformer(), []
-    with cached(model, SKIPPING, ReferenceKVConfig()) as trace:
-        for block in model.transformer_blocks:
-            processor = block.attn.processor
-            exchange = processor._exchange
-            processor._exchange = lambda index, joint, exchange=exchange: ran.append(index) or exchange(index, joint)
+def test_a_skipped_step_touches_no_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, touched = qwen_transformer(), []
+
+    def noted(name: str) -> Any:
+        within = getattr(BranchReferences, name)
+
+        def note(self: Any, block: int, *rest: Any) -> Any:
+            touched.append((name, block))
+            return within(self, block, *rest)
+
+        return note
+
+    for name in ("put", "take"):
+        monkeypatch.setattr(BranchReferences, name, noted(name))
+    with cached(model, SKIPPING, ReferenceKVConfig(refresh=(0,))) as trace:
         velocities(model, EDIT, STEPS)
     assert marks(trace) == "c..r..rr"
-    assert ran == [0, 1, 2] * 4
+    assert touched == [(name, block) for name in ("put", "take", "take", "take") for block in range(3)]
 
 
 def test_together_each_computed_step_is_what_the_reference_cache_alone_gives() -> None:
     alone_model, model = qwen_transformer(), qwen_transformer()
-    with cached(alone_model, reference_kv=ReferenceKVConfig()):
+    with cached(alone_model, reference_kv=ReferenceKVConfig(refresh=(0,))):
         alone = velocities(alone_model, EDIT, STEPS)["cond"]
-    with cached(model, SKIPPING, ReferenceKVConfig()) as trace:
+    with cached(model, SKIPPING, ReferenceKVConfig(refresh=(0,))) as trace:
         together = velocities(model, EDIT, STEPS)["cond"]
     same = "".join("c" if torch.equal(*pair) else "." for pair in zip(together, alone, strict=True))
     assert same == marks(trace).replace("r", "c") == "c..c..cc"
@@ -86,7 +95,7 @@ def test_residuals_of_full_and_cached_steps_have_one_shape() -> None:
 
 def test_the_trace() -> None:
     model = qwen_transformer()
-    with cached(model, SKIPPING, ReferenceKVConfig()) as trace:
+    with cached(model, SKIPPING, ReferenceKVConfig(refresh=(0,))) as trace:
         velocities(model, GUIDED, STEPS)
         velocities(model, GUIDED, STEPS)
     assert len(trace.steps) == 4 * STEPS
@@ -107,6 +116,20 @@ def test_the_trace() -> None:
     assert "run 1, cond: 8 steps, 4 computed, 4 skipped, 3 with kept references" in summary
     assert "[c..r..rr]" in summary
     assert trace.notes == []
+
+
+def test_drift_and_work_stand_in_the_trace() -> None:
+    model = qwen_transformer()
+    with cached(model, SKIPPING, ReferenceKVConfig(refresh=2)) as trace:
+        velocities(model, EDIT, STEPS)
+    assert marks(trace) == "c..r..cr"
+    assert [step.step for step in trace.steps if step.drift is not None] == [6]
+    [drift] = [step.drift for step in trace.steps if step.drift is not None]
+    assert 0 < drift < 2
+    saved = EDIT.reference / (EDIT.text_tokens + EDIT.noise + EDIT.reference)
+    assert trace.passes == pytest.approx(2 + 2 * (1 - saved))
+    assert f"their keys had drifted by {drift:.1%}" in trace.summary()
+    assert json.loads(json.dumps(trace.as_dict()))["steps"][6]["drift"] == drift
 
 
 def test_remarks_stand_in_the_trace(caplog: pytest.LogCaptureFixture) -> None:
@@ -139,11 +162,11 @@ def test_nothing_is_left_behind(broken: bool) -> None:
     before, stock = state(model), velocities(model, GUIDED, STEPS)
     if broken:
         handle = fail_in(model.transformer_blocks[2])
-        with pytest.raises(RuntimeError, match="injected"), cached(model, SKIPPING, ReferenceKVConfig()):
+        with pytest.raises(RuntimeError, match="injected"), cached(model, SKIPPING, ReferenceKVConfig(refresh=(0,))):
             velocities(model, GUIDED, STEPS)
         handle.remove()
     else:
-        with cached(model, SKIPPING, ReferenceKVConfig()):
+        with cached(model, SKIPPING, ReferenceKVConfig(refresh=(0,))):
             velocities(model, GUIDED, STEPS, stop=5)
     assert state(model) == before
     assert equal(velocities(model, GUIDED, STEPS), stock)
@@ -151,10 +174,10 @@ def test_nothing_is_left_behind(broken: bool) -> None:
 
 def test_an_exception_then_a_clean_run_in_one_session() -> None:
     model, fresh = qwen_transformer(), qwen_transformer()
-    with cached(fresh, SKIPPING, ReferenceKVConfig()):
+    with cached(fresh, SKIPPING, ReferenceKVConfig(refresh=(0,))):
         expected = velocities(fresh, GUIDED.with_seed(3), STEPS)
     for stop in (0, 1, 4):
-        with cached(model, SKIPPING, ReferenceKVConfig()) as trace:
+        with cached(model, SKIPPING, ReferenceKVConfig(refresh=(0,))) as trace:
             velocities(model, GUIDED, STEPS, stop=stop)
             handle = fail_in(model.proj_out)
             with pytest.raises(RuntimeError, match="injected"):
@@ -181,7 +204,7 @@ def test_what_cannot_be_applied_leaves_nothing() -> None:
     before = state(model)
     with (
         pytest.raises(StepCacheError, match="Unknown model type"),
-        cached(model, TeaCacheConfig(model_type="NoPipeline"), ReferenceKVConfig()),
+        cached(model, TeaCacheConfig(model_type="NoPipeline"), ReferenceKVConfig(refresh=(0,))),
     ):
         pass
     assert state(model) == before
@@ -204,7 +227,7 @@ def test_a_text_to_image_model_with_the_reference_cache_is_an_error() -> None:
     }
     with (
         pytest.raises(ReferenceCacheError, match="no reference tokens"),
-        cached(model, reference_kv=ReferenceKVConfig()),
+        cached(model, reference_kv=ReferenceKVConfig(refresh=(0,))),
     ):
         model(**kwargs)
 

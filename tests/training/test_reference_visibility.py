@@ -50,4 +50,5 @@ def test_an_unknown_word_is_an_error(family: Family, tmp_path: Path) -> None:
 
 
 def test_checkpoints_of_before_there_was_a_choice_go_on_with_full_visibility() -> None:
-    assert check_continuation({}, {"reference_visibility": "full"}, Path("step-1")) == []
+    current = {"reference_visibility": "full", "self_distillation": 0.0}
+    assert check_continuation({}, current, Path("step-1")) == []

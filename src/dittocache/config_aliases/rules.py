@@ -111,11 +111,27 @@ def apply_rules(settings: dict[str, Any], problems: list[str]) -> None:
         _drop_keys,
         _live_devices,
         _predict_devices,
+        _image_kv_cache,
         apply_loss,
         apply_step_cache,
     ):
         rule(settings, problems)
     apply_sizes(settings, problems)
+
+
+def _image_kv_cache(settings: dict[str, Any], problems: list[str]) -> None:
+    """The specification's switch is a section here, whose settings all have defaults."""
+    name = "generate.use_image_kv_cache"
+    wanted = taken(settings, name, None)
+    if wanted is None:
+        return
+    if str(wanted).lower() not in ("true", "false"):
+        problems.append(f"{name}: found {wanted!r}; expected true or false")
+    elif str(wanted).lower() == "true":
+        if settings.get("reference_kv") is None:
+            settings["reference_kv"] = {}
+    elif settings.get("reference_kv") is not None:
+        problems.append(f"{name} is {wanted!r}, but reference_kv has settings; they mean the same: keep one")
 
 
 def _trainer(settings: dict[str, Any], problems: list[str]) -> None:

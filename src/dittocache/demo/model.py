@@ -15,6 +15,8 @@ from dittocache.families.registry import get_family
 ASSETS = Path(__file__).parent / "assets"
 MODEL_DIR = ASSETS / "model"
 SAMPLES_DIR = ASSETS / "samples"
+EXACT_LORA_DIR = ASSETS / "exact-lora"
+"""A LoRA with isolated references: `pipe.load_lora_weights(EXACT_LORA_DIR)`, then `isolate_references(pipe)`."""
 
 DEMO_SIZES = Sizes(resolution=128, condition_resolution=64)
 """What the model was trained on: 64 packed latent tokens a picture, 4 image tokens for the text encoder."""

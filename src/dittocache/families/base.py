@@ -374,6 +374,27 @@ class TransformerAdapter(StepAdapter, Protocol):
         """Project, normalise and rotate as the stock processor does, bit for bit."""
         ...
 
+    def reference_kv(
+        self, attention: nn.Module, modulated: torch.Tensor, frequencies: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K after norm and RoPE, and V, `(B, R, H, d)`, of references: those that `joint_qkv` gives last.
+
+        From what the attention module is given for them, `(B, R, D)`, and what `reference_frequencies` gives.
+        """
+        ...
+
+    def reference_frequencies(self, image_rotary_emb: Any, references: int) -> tuple[torch.Tensor, ...]:
+        """The RoPE frequencies of the last tokens, of those that the attention module is given."""
+        ...
+
+    def reference_facts(self, forward_kwargs: Mapping[str, Any], layout: TokenLayout) -> Sequence[object]:
+        """What isolated references' K and V depend on beside tokens, weights and attention arguments, to compare."""
+        ...
+
+    def reference_lengths(self, forward_kwargs: Mapping[str, Any], layout: TokenLayout) -> tuple[int, ...]:
+        """Tokens of each reference picture, in order."""
+        ...
+
     def project_attention(self, attention: nn.Module, attended: torch.Tensor, prefix: int) -> Any:
         """What the stock processor returns for attended tokens `(B, tokens, H * d)`."""
         ...

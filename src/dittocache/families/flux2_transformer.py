@@ -43,7 +43,10 @@ class Flux2TransformerAdapter(FillsOwnCache):
         "Flux2KleinInpaintPipeline": PUBLISHED["flux2-klein-base"],
     }
     signal_ignores_text = True
-    no_reference_cache = "take Flux2KleinKVPipeline, which keeps the keys and values of references by itself"
+    no_reference_cache = (
+        "take Flux2KleinKVPipeline, which keeps the keys and values of references by itself, exactly, with the "
+        "checkpoint that was trained for it"
+    )
 
     def __init__(self) -> None:
         # Counting needs a read from the device. Prompt embeddings -> tokens -> (noise tokens, the ids that said so)

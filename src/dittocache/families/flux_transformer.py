@@ -126,23 +126,43 @@ class FluxTransformerAdapter(UsualForward):
 
         attn = cast(Any, attention)
 
-        def heads(projected: Any, norm: nn.Module | None = None) -> Any:
-            split = projected.unflatten(-1, (-1, attn.head_dim))  # (B, tokens, H, d)
-            return split if norm is None else norm(split)
-
-        query = heads(attn.to_q(hidden_states), attn.norm_q)
-        key = heads(attn.to_k(hidden_states), attn.norm_k)
-        value = heads(attn.to_v(hidden_states))
+        query = _heads(attn, attn.to_q(hidden_states), attn.norm_q)
+        key = _heads(attn, attn.to_k(hidden_states), attn.norm_k)
+        value = _heads(attn, attn.to_v(hidden_states))
         prefix = 0
         if encoder_hidden_states is not None:
             prefix = encoder_hidden_states.shape[1]
-            query = torch.cat([heads(attn.add_q_proj(encoder_hidden_states), attn.norm_added_q), query], dim=1)
-            key = torch.cat([heads(attn.add_k_proj(encoder_hidden_states), attn.norm_added_k), key], dim=1)
-            value = torch.cat([heads(attn.add_v_proj(encoder_hidden_states)), value], dim=1)
+            query = torch.cat([_heads(attn, attn.add_q_proj(encoder_hidden_states), attn.norm_added_q), query], dim=1)
+            key = torch.cat([_heads(attn, attn.add_k_proj(encoder_hidden_states), attn.norm_added_k), key], dim=1)
+            value = torch.cat([_heads(attn, attn.add_v_proj(encoder_hidden_states)), value], dim=1)
         if image_rotary_emb is not None:
             query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
             key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
         return JointQKV(query, key, value, prefix)
+
+    def reference_kv(
+        self, attention: nn.Module, modulated: torch.Tensor, frequencies: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of the image stream, or of the one stream."""
+        from diffusers.models.embeddings import apply_rotary_emb
+
+        attn = cast(Any, attention)
+        key = _heads(attn, attn.to_k(modulated), attn.norm_k)
+        if frequencies:
+            key = apply_rotary_emb(key, frequencies, sequence_dim=1)
+        return key, _heads(attn, attn.to_v(modulated))
+
+    def reference_frequencies(self, image_rotary_emb: Any, references: int) -> tuple[torch.Tensor, ...]:
+        """(cos, sin) of the last tokens."""
+        return () if image_rotary_emb is None else tuple(part[-references:] for part in image_rotary_emb)
+
+    def reference_facts(self, forward_kwargs: Mapping[str, Any], layout: TokenLayout) -> Sequence[object]:
+        """Positions of the references."""
+        return (forward_kwargs["img_ids"][..., layout.noise :, :],)
+
+    def reference_lengths(self, forward_kwargs: Mapping[str, Any], layout: TokenLayout) -> tuple[int, ...]:
+        """Kontext has one."""
+        return (layout.reference,)
 
     def project_attention(self, attention: nn.Module, attended: torch.Tensor, prefix: int) -> Any:
         """(image, text) after the output projections; a single stream is projected by its block."""
@@ -157,6 +177,12 @@ class FluxTransformerAdapter(UsualForward):
     def reference_is_exact(self, module: nn.Module) -> bool:
         """Where they are isolated; else Kontext's references attend to the noise and are modulated by the live t."""
         return is_isolated(module)
+
+
+def _heads(attn: Any, projected: Any, norm: nn.Module | None = None) -> Any:
+    """`(B, tokens, H * d)` as `(B, tokens, H, d)`, normalised."""
+    split = projected.unflatten(-1, (-1, attn.head_dim))
+    return split if norm is None else norm(split)
 
 
 def _frequencies(block_kwargs: Mapping[str, Any], start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:

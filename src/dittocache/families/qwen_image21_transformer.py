@@ -30,7 +30,10 @@ class QwenImage21TransformerAdapter(FillsOwnCache):
     pipeline_class_names: tuple[str, ...] = ("QwenImage21Pipeline",)
     polynomial = PLAIN  # nobody has published a fit
     signal_ignores_text = True
-    no_reference_cache = "its pipeline keeps the keys and values of text and references by itself (use_kv_cache)"
+    no_reference_cache = (
+        "its pipeline keeps the keys and values of text and references by itself (use_kv_cache, on unless turned off), "
+        "exactly, where the checkpoint has causal_condition"
+    )
 
     def extract_context(self, module: nn.Module, **forward_kwargs: Any) -> CacheContext:
         """Take one forward pass apart, its noise tokens only; keyword arguments are those of the model's forward."""

@@ -127,40 +127,56 @@ class QwenImageTransformerAdapter(UsualForward):
 
         Raises ValueError without a text stream, as the stock processor does.
         """
-        from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
-
         if encoder_hidden_states is None:
             raise ValueError("Qwen-Image's attention needs encoder_hidden_states (the text stream), found None")
         attn = cast(Any, attention)
-        width = attn.inner_dim // attn.heads
-
-        def heads(projected: Any, norm: nn.Module | None, freqs: torch.Tensor | None) -> Any:
-            split = projected.unflatten(-1, (-1, width))  # (B, tokens, H, d)
-            split = split if norm is None else norm(split)
-            if freqs is None or split.shape[1] == 0:  # no text, beside isolated references: nothing to rotate
-                return split
-            return apply_rotary_emb_qwen(split, freqs, use_real=False)
-
         image_freqs, text_freqs = (None, None) if image_rotary_emb is None else image_rotary_emb
         text, image = encoder_hidden_states, hidden_states
         return JointQKV(
             query=torch.cat(
                 [
-                    heads(attn.add_q_proj(text), attn.norm_added_q, text_freqs),
-                    heads(attn.to_q(image), attn.norm_q, image_freqs),
+                    _heads(attn, attn.add_q_proj(text), attn.norm_added_q, text_freqs),
+                    _heads(attn, attn.to_q(image), attn.norm_q, image_freqs),
                 ],
                 dim=1,
             ),
             key=torch.cat(
                 [
-                    heads(attn.add_k_proj(text), attn.norm_added_k, text_freqs),
-                    heads(attn.to_k(image), attn.norm_k, image_freqs),
+                    _heads(attn, attn.add_k_proj(text), attn.norm_added_k, text_freqs),
+                    _heads(attn, attn.to_k(image), attn.norm_k, image_freqs),
                 ],
                 dim=1,
             ),
-            value=torch.cat([heads(attn.add_v_proj(text), None, None), heads(attn.to_v(image), None, None)], dim=1),
+            value=torch.cat(
+                [_heads(attn, attn.add_v_proj(text), None, None), _heads(attn, attn.to_v(image), None, None)], dim=1
+            ),
             prefix=text.shape[1],
         )
+
+    def reference_kv(
+        self, attention: nn.Module, modulated: torch.Tensor, frequencies: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of the image stream."""
+        attn = cast(Any, attention)
+        freqs = frequencies[0] if frequencies else None
+        return _heads(attn, attn.to_k(modulated), attn.norm_k, freqs), _heads(attn, attn.to_v(modulated), None, None)
+
+    def reference_frequencies(self, image_rotary_emb: Any, references: int) -> tuple[torch.Tensor, ...]:
+        """The last of the image stream's."""
+        return () if image_rotary_emb is None else (image_rotary_emb[0][-references:],)
+
+    def reference_facts(self, forward_kwargs: Mapping[str, Any], layout: TokenLayout) -> Sequence[object]:
+        """Sizes of all pictures, from which positions follow, and the kind of layer."""
+        shapes = tuple(tuple(tuple(shape) for shape in sample) for sample in _shapes_of(forward_kwargs["img_shapes"]))
+        return shapes, forward_kwargs.get("additional_t_cond")
+
+    def reference_lengths(self, forward_kwargs: Mapping[str, Any], layout: TokenLayout) -> tuple[int, ...]:
+        """By the first sample's `img_shapes`; the samples of a batch have references of the same sizes."""
+        lengths: list[int] = []
+        for shape in reversed(_shapes_of(forward_kwargs["img_shapes"])[0]):
+            if sum(lengths) < layout.reference:
+                lengths.insert(0, prod(shape))
+        return tuple(lengths)
 
     def project_attention(self, attention: nn.Module, attended: torch.Tensor, prefix: int) -> Any:
         """(image, text) after the output projections."""
@@ -173,6 +189,17 @@ class QwenImageTransformerAdapter(UsualForward):
     def reference_is_exact(self, module: nn.Module) -> bool:
         """Where they are isolated; else references attend to the noise, also under `zero_cond_t`."""
         return is_isolated(module)
+
+
+def _heads(attn: Any, projected: Any, norm: nn.Module | None, freqs: torch.Tensor | None) -> Any:
+    """`(B, tokens, H * d)` as `(B, tokens, H, d)`, normalised and rotated."""
+    from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
+
+    split = projected.unflatten(-1, (-1, attn.inner_dim // attn.heads))
+    split = split if norm is None else norm(split)
+    if freqs is None or split.shape[1] == 0:  # no text, beside isolated references: nothing to rotate
+        return split
+    return apply_rotary_emb_qwen(split, freqs, use_real=False)
 
 
 def _shapes_of(img_shapes: Any) -> list[Sequence[tuple[int, int, int]]]:

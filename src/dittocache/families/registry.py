@@ -29,6 +29,14 @@ _families: tuple[Family, ...] = (
     Flux(name="flux-schnell", guidance=False),
     FluxKontext(),
 )
+_KEEP_THEIR_OWN: Mapping[str, str] = MappingProxyType(
+    {
+        "QwenImageTransformerCausal2DModel": "its pipeline keeps the keys and values of references by itself. To use "
+        "the checkpoint with stock pipelines, load it as QwenImageTransformer2DModel, call "
+        "isolate_references(pipe, apart=True), and take mode 'exact'",
+    }
+)
+"""Transformers of other projects whose references are exact, by class, and what to do about them."""
 _sampled_only = (QwenImage21TransformerAdapter(), Flux2TransformerAdapter(), ZImageTransformerAdapter())
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for family in _families})
 
@@ -84,6 +92,8 @@ def adapter_of(module: nn.Module) -> TransformerAdapter:
         if name in adapters:
             return adapters[name]
     supported = ", ".join(adapters)
+    if (own := next((_KEEP_THEIR_OWN[name] for name in names if name in _KEEP_THEIR_OWN), None)) is not None:
+        raise ModelError(f"there is no reference KV cache for {type(module).__name__}: {own}")
     if (sampled := step_adapter_of(module)) is not None:
         raise ModelError(
             f"there is no reference KV cache for {type(module).__name__}: {sampled.no_reference_cache}. The step cache "

@@ -73,6 +73,8 @@ class DenoisingCall:
         cause: why it was computed or skipped, in words.
         distance: relative L1 distance to the step before, where it was measured.
         references: `computed` or `reused`, where the reference cache is on.
+        drift: how far their keys were from what was kept or predicted, 0-dim on the device, where it was measured.
+        saved: share of the blocks' work that kept references spared a computed step.
         rows, rows_computed: samples in the batch, and those of them that were computed.
     """
 
@@ -85,6 +87,8 @@ class DenoisingCall:
     cause: str = ""
     distance: float | None = None
     references: str | None = None
+    drift: torch.Tensor | None = None
+    saved: float = 0.0
     rows: int = 1
     rows_computed: int = 1
 

@@ -101,7 +101,7 @@ def cached_ways(inputs: RunInputs) -> list[Way]:
         name, dial = "TeaCache" if teacache.is_as_published else "Step cache", teacache.in_short
         ways.append(Way(name, "cached", dial, teacache=teacache))
     if reference_kv is not None:
-        refresh = f"refresh {reference_kv.refresh}" if reference_kv.refresh else "first step only"
+        refresh = reference_kv.in_short
         ways.append(Way("Reference KV", "cached", refresh, reference_kv=reference_kv))
     if teacache is not None and reference_kv is not None:
         settings = f"{dial}, {refresh}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -13,9 +13,10 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from dittocache.errors import StepCacheError
+from dittocache.errors import ReferenceCacheError, StepCacheError
 from dittocache.events import EventLog, Progress
 from dittocache.families.denoiser import find_denoiser
+from dittocache.families.registry import adapter_of
 from dittocache.jobs.calibration import record
 from dittocache.jobs.inputs import RunInputs
 from dittocache.jobs.run_folder import PROFILE_NAME, TUNING_NAME
@@ -26,10 +27,12 @@ from dittocache.quality.metrics_lpips import lpips
 from dittocache.quality.tuning.curve import Point, plot_curve, table
 from dittocache.quality.tuning.measurement import Ledger
 from dittocache.quality.tuning.pareto import pareto
-from dittocache.quality.tuning.settings import PLAIN, Method, Setting, all_methods
+from dittocache.quality.tuning.settings import PLAIN, Method, References, Setting, all_methods
 from dittocache.quality.tuning.target import Target
 from dittocache.quality.tuning.tune import TIMED, Tuned
 from dittocache.quality.tuning.tune import tune as search_settings
+from dittocache.referencekv.config import ReferenceKVConfig
+from dittocache.referencekv.hook import apply_reference_kv, remove_reference_kv
 from dittocache.teacache.fingerprint import fingerprint, json_digest
 from dittocache.teacache.profile import Calibration, RunPrint, known_profile, profiles_folder
 
@@ -48,7 +51,7 @@ def tune(inputs: RunInputs, log: EventLog) -> None:
     pipe = load_pipeline(inputs)
     samples, held_out = requests_of(inputs, pipe, options.samples, options.held_out_samples)
     run, calibration, knows_blocks = _calibration(inputs, pipe, samples, log)
-    methods = all_methods(run.steps, calibration, knows_blocks)
+    methods = all_methods(run.steps, calibration, knows_blocks, _references(pipe, [*samples, *held_out]))
     if len(methods) == 1:
         log.message(f"{run.steps} steps are too few for a step cache: only fewer plain steps are tried", "warning")
     model = fingerprint(find_denoiser(pipe))
@@ -63,7 +66,7 @@ def tune(inputs: RunInputs, log: EventLog) -> None:
         found = search_settings(target, options.promise, methods, samples, held_out, ledger)
     recommended, remark = recommendation(found, run)
     profile = save_profile(inputs, pipe, run, dict(calibration), recommended, remark)
-    fragment = {"teacache": recommended}
+    fragment = {"teacache": recommended, **_reference_settings(found)}
     if found.best is not None and found.best.setting.steps is not None:
         fragment = {"generate": {"num_inference_steps": found.best.setting.steps}}
     (inputs.run_dir / SETTINGS_NAME).write_text(f"# {found.words}\n{yaml.safe_dump(fragment, sort_keys=False)}")
@@ -82,10 +85,12 @@ def tune(inputs: RunInputs, log: EventLog) -> None:
         promise=options.promise,
         curve=[_row(point) for point in shown],
         settings=recommended,
+        **_reference_settings(found),
         profile=str(profiles_folder() / profile.file_name),
         words=found.words,
     )
     summary = {"words": found.words, "curve": [_row(point) for point in found.measured], "settings": recommended}
+    summary |= _reference_settings(found)
     (inputs.run_dir / TUNING_NAME).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
@@ -113,11 +118,31 @@ def recommendation(found: Tuned, run: RunPrint) -> tuple[dict[str, Any] | None, 
         if found.best is None:
             return None, f"tune found no setting that keeps to {found.target}"
         return None, f"tune found no step cache that keeps to {found.target}; {found.best.setting.knob} do, without one"
-    assert found.cache.setting.teacache is not None
+    if found.cache.setting.teacache is None:
+        return None, f"tune found that at {found.target} keeping references alone is best: {found.cache.setting.knob}"
     settings = found.cache.setting.teacache.model_dump(mode="json", exclude_defaults=True)
     if found.best is not None and found.best.setting.method == PLAIN:
         return settings, f"tune found that {found.best.setting.knob} without a step cache beat it at {found.target}"
     return settings, ""
+
+
+def _reference_settings(found: Tuned) -> dict[str, Any]:
+    """Settings of the reference cache, where the best cache has one; they belong to no profile."""
+    kept = None if found.cache is None else found.cache.setting.reference_kv
+    return {} if kept is None else {"reference_kv": kept.model_dump(mode="json", exclude_defaults=True)}
+
+
+def _references(pipe: Any, requests: Sequence[Request]) -> References | None:
+    """What becomes of kept references; None where a picture has none, or the model's cannot be kept."""
+    if not all(request.edit.images for request in requests):
+        return None
+    try:
+        apply_reference_kv(pipe, ReferenceKVConfig())
+    except ReferenceCacheError:
+        return None
+    remove_reference_kv(pipe)
+    module = find_denoiser(pipe).module
+    return "exact" if adapter_of(module).reference_is_exact(module) else "drift"
 
 
 def _calibration(
@@ -148,6 +173,9 @@ def _perceptual(weights: Any, first: Image.Image, second: Image.Image) -> float:
 
 def _row(point: Point) -> dict[str, Any]:
     setting: Setting = point.setting
-    cache = None if setting.teacache is None else setting.teacache.model_dump(mode="json", exclude_defaults=True)
+    caches = {
+        name: None if cache is None else cache.model_dump(mode="json", exclude_defaults=True)
+        for name, cache in (("teacache", setting.teacache), ("reference_kv", setting.reference_kv))
+    }
     numbers = {name: value for name, value in asdict(point).items() if name != "setting"}
-    return {"setting": setting.label, "method": setting.method, "steps": setting.steps, "teacache": cache, **numbers}
+    return {"setting": setting.label, "method": setting.method, "steps": setting.steps, **caches, **numbers}

@@ -44,8 +44,8 @@ class Request:
         return json_digest([self.edit.prompt, references, self.number, settings, sizes])
 
     def make(self, setting: Setting) -> Picture:
-        """The picture, plain or with the setting's step cache; the reference cache is off."""
-        way = Way(setting.method, "cached", steps=setting.steps, teacache=setting.teacache)
+        """The picture, plain or with the setting's caches."""
+        way = Way(setting.method, "cached", "", setting.steps, setting.teacache, setting.reference_kv)
         return make_picture(self.inputs, self.pipe, self.edit, self.number, way)
 
 

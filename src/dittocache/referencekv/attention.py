@@ -5,7 +5,9 @@ Shapes: B batch, T text tokens, N noise tokens, R reference tokens, H heads, d h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,8 +15,9 @@ from torch import nn
 
 from dittocache.errors import ReferenceCacheError
 from dittocache.families.base import JointQKV, TransformerAdapter
+from dittocache.referencekv.storage import KeyValue, ReferenceSource
 
-Exchange = Callable[[int, JointQKV], tuple[torch.Tensor, torch.Tensor]]
+ReferenceInput = tuple[torch.Tensor, tuple[torch.Tensor, ...]]
 
 
 class AttentionStandIn:
@@ -46,6 +49,25 @@ class AttentionStandIn:
     def _parallel_config(self, config: Any) -> None:
         self.stock._parallel_config = config
 
+    def _as_stock(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        image_rotary_emb: Any,
+        encoder_hidden_states_mask: torch.Tensor | None,
+    ) -> Any:
+        """The stock processor itself; FLUX's takes no mask of the text."""
+        masks = {"attention_mask": attention_mask, "encoder_hidden_states_mask": encoder_hidden_states_mask}
+        given = {name: mask for name, mask in masks.items() if mask is not None}
+        return self.stock(attn, hidden_states, encoder_hidden_states, image_rotary_emb=image_rotary_emb, **given)
+
+    def _input_of(self, hidden_states: torch.Tensor, image_rotary_emb: Any, references: int) -> ReferenceInput:
+        """What K and V of the references, last among the tokens, are computed from."""
+        first = hidden_states.shape[1] - references
+        return hidden_states[:, first:], self._adapter.reference_frequencies(image_rotary_emb, references)
+
     def _attend(
         self, attn: Any, joint: JointQKV, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> Any:
@@ -69,26 +91,27 @@ class AttentionStandIn:
 class ReferenceAttention(AttentionStandIn):
     """Attention of a block whose references are computed in some steps and remembered in others.
 
-    Args:
-        stock: the processor that it stands in for.
-        block: number of the block: its slot.
-        adapter: the model's transformer side.
-        exchange: takes (block, Q K V of the tokens that are there), gives the keys and values to attend to.
-        is_stock: whether this step runs the stock processor.
+    It says nothing of the block that it is in, so that compiled blocks share their graphs.
+
+    Attributes:
+        given: K and V of the references to attend to, each `(B, R, H, d)`; None: they are among the tokens.
+        leaves: number of reference tokens, last among the tokens, whose K and V are left behind; 0: none.
+        leaves_input: whether what they are computed from is left behind too.
+        left: K and V that were left behind.
+        left_input: what the attention was given for them, `(B, R, D)`, and their RoPE frequencies.
     """
 
-    def __init__(
-        self,
-        stock: Any,
-        block: int,
-        adapter: TransformerAdapter,
-        exchange: Exchange,
-        is_stock: Callable[[], bool],
-    ) -> None:
+    def __init__(self, stock: Any, adapter: TransformerAdapter) -> None:
         super().__init__(stock, adapter)
-        self._block = block
-        self._exchange = exchange
-        self._is_stock = is_stock
+        self.given: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.leaves = 0
+        self.leaves_input = False
+        self.left: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.left_input: ReferenceInput | None = None
+
+    def rest(self) -> None:
+        """Be the stock processor again."""
+        self.given, self.leaves, self.leaves_input, self.left, self.left_input = None, 0, False, None, None
 
     # The attention modules pass only arguments that are named here, FLUX's the first five by position.
     def __call__(
@@ -101,14 +124,64 @@ class ReferenceAttention(AttentionStandIn):
         encoder_hidden_states_mask: torch.Tensor | None = None,
     ) -> Any:
         """What the stock processor returns, for the tokens of `hidden_states` `(B, tokens, D)`."""
-        if self._is_stock():
-            masks = {"attention_mask": attention_mask, "encoder_hidden_states_mask": encoder_hidden_states_mask}
-            given = {name: mask for name, mask in masks.items() if mask is not None}
-            return self.stock(attn, hidden_states, encoder_hidden_states, image_rotary_emb=image_rotary_emb, **given)
+        if self.given is None and self.leaves == 0:
+            return self._as_stock(
+                attn,
+                hidden_states,
+                encoder_hidden_states,
+                attention_mask,
+                image_rotary_emb,
+                encoder_hidden_states_mask,
+            )
         joint = self._adapter.joint_qkv(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
-        key, value = self._exchange(self._block, joint)  # (B, T + N + R, H, d)
+        key, value = joint.key, joint.value
+        if self.given is not None:
+            key, value = (torch.cat(pair, dim=1) for pair in zip((key, value), self.given, strict=True))
+        else:
+            first = key.shape[1] - self.leaves
+            self.left = key[:, first:], value[:, first:]
+            if self.leaves_input:
+                self.left_input = self._input_of(hidden_states, image_rotary_emb, self.leaves)
         mask = key_mask(attention_mask, encoder_hidden_states_mask, key.shape[1])
         return self._attend(attn, joint, key, value, mask)
+
+
+def source_of(
+    adapter: TransformerAdapter, attention: Any, given: ReferenceInput, parts: Sequence[int]
+) -> ReferenceSource:
+    """What K and V of one block's references are computed from, from what its attention was given for them.
+
+    Args:
+        parts: numbers of tokens that were projected together; more rows at a time may round otherwise.
+    """
+    modulated, frequencies = given
+    return ReferenceSource(modulated, frequencies, partial(_project, adapter, attention, tuple(parts)))
+
+
+def _project(
+    adapter: TransformerAdapter,
+    attention: Any,
+    parts: tuple[int, ...],
+    modulated: torch.Tensor,
+    frequencies: tuple[torch.Tensor, ...],
+) -> KeyValue:
+    weight: torch.Tensor = next(attention.to_k.parameters())
+    brought_in = hasattr(attention.to_k, "_hf_hook") or hasattr(attention.to_k, "_diffusers_hook")  # layer by layer
+    if weight.device != modulated.device and not brought_in:
+        raise ReferenceCacheError(
+            "storage 'modulated_input' computes keys and values of references anew before each block, but the weights "
+            f"of this block are on {weight.device}, its input on {modulated.device}: offloading brings them in later; "
+            "set storage to native or fp8, or offload: true"
+        )
+    ends = list(accumulate(parts))
+    spans = [slice(end - part, end) for end, part in zip(ends, parts, strict=True)]
+    pairs = [
+        adapter.reference_kv(attention, modulated[:, span], tuple(one[span] for one in frequencies)) for span in spans
+    ]
+    if len(pairs) == 1:
+        return pairs[0]
+    key, value = (torch.cat(one, dim=1) for one in zip(*pairs, strict=True))
+    return key, value
 
 
 def key_mask(attention_mask: torch.Tensor | None, text_mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:

@@ -10,16 +10,16 @@ Shapes: B batch, T text tokens, N noise tokens, R reference tokens, D width, H h
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from dittocache.errors import ModelError, ReferenceCacheError
-from dittocache.families.base import TokenLayout, TransformerAdapter
+from dittocache.families.base import TransformerAdapter
 from dittocache.families.denoiser import (
     ISOLATION_HOOK,
     REFERENCE_KV_HOOK,
@@ -30,122 +30,25 @@ from dittocache.families.denoiser import (
 )
 from dittocache.families.registry import adapter_of
 from dittocache.families.run_clock import bind_forward
-from dittocache.referencekv.attention import AttentionStandIn, check_attention, key_mask
+from dittocache.referencekv.attention import check_attention
+from dittocache.referencekv.isolated_block import OUTSIDE, PASSING, IsolatedAttention, IsolatedBlock, ReferencePass
 
-PASSING = "reference_pass"  # among the attention arguments, on the way from the transformer's door to its blocks
-KEPT = "reference_keys"  # the same, from a block to its attention
 FEATURE = "isolation of references"
 CONTROLNET = ("controlnet_block_samples", "controlnet_single_block_samples")
-
-
-@dataclass
-class ReferencePass:
-    """What one forward pass does about its references.
-
-    It travels among the arguments, so that gradient checkpointing finds it again.
-
-    Attributes:
-        layout: noise and reference tokens.
-        temb: timestep embedding of the references, `(B, D)`: t = 0.
-        keep: is given (block, K, V) of the references, each `(B, R, H, d)`.
-        take: gives K and V of a block instead of computing them; then the image stream holds noise tokens only.
-    """
-
-    layout: TokenLayout
-    temb: torch.Tensor | None = None
-    keep: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
-    take: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = None
-
-
-@dataclass
-class _Keys:
-    """K and V of one block's references, each `(B, R, H, d)`; None until their own call has run."""
-
-    tensors: tuple[torch.Tensor, torch.Tensor] | None = None
-
-
-class IsolatedAttention(AttentionStandIn):
-    """Attention of one half of a block: references over themselves, or text and noise over all keys."""
-
-    # The attention modules pass only arguments that are named here, FLUX's the first five by position.
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: Any = None,
-        encoder_hidden_states_mask: torch.Tensor | None = None,
-        reference_keys: _Keys | None = None,
-    ) -> Any:
-        """What the stock processor returns, for the tokens of `hidden_states` `(B, tokens, D)`."""
-        joint = self._adapter.joint_qkv(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
-        key, value = joint.key, joint.value
-        if reference_keys is None:
-            raise ReferenceCacheError(_OUTSIDE)
-        if reference_keys.tensors is None:
-            reference_keys.tensors = key, value
-        else:
-            key, value = (torch.cat(pair, dim=1) for pair in zip((key, value), reference_keys.tensors, strict=True))
-        mask = key_mask(attention_mask, encoder_hidden_states_mask, key.shape[1])
-        return self._attend(attn, joint, key, value, mask)
-
-
-class IsolatedBlock(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
-    """Calls a stock block once for the references and once for text and noise.
-
-    The last block returns noise tokens only: nothing reads what becomes of the references behind it.
-    """
-
-    def __init__(self, adapter: TransformerAdapter, attention: Any, index: int, last: bool) -> None:
-        super().__init__()
-        self._adapter = adapter
-        self._attention = attention
-        self._index = index
-        self._last = last
-
-    def new_forward(self, block: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Called by diffusers in place of the block's forward; (text, image)."""
-        block_kwargs = bind_forward(block, args, kwargs)
-        attention_kwargs = dict(block_kwargs.get("joint_attention_kwargs") or {})
-        passing: ReferencePass | None = attention_kwargs.pop(PASSING, None)
-        if passing is None:
-            raise ReferenceCacheError(_OUTSIDE)
-        if not isinstance(self._attention.processor, IsolatedAttention):
-            raise ReferenceCacheError(
-                f"block {self._index} attends with {type(self._attention.processor).__name__}, which was set after its "
-                "references were isolated; end the isolation, set it, and isolate them anew"
-            )
-        noise = passing.layout.noise
-        if passing.take is not None:
-            keys, references = _Keys(passing.take(self._index)), None
-        else:
-            keys = _Keys()
-            halved = self._adapter.reference_only_block(block_kwargs, passing.layout)
-            halved["hidden_states"] = halved["hidden_states"][:, noise:]
-            halved |= {"temb": passing.temb, "joint_attention_kwargs": {**attention_kwargs, KEPT: keys}}
-            _, references = self.fn_ref.original_forward(**halved)  # (B, R, D)
-            if passing.keep is not None and keys.tensors is not None:
-                passing.keep(self._index, *keys.tensors)
-        halved = self._adapter.noise_only_block(block_kwargs, passing.layout)
-        halved["hidden_states"] = halved["hidden_states"][:, :noise]
-        halved["joint_attention_kwargs"] = {**attention_kwargs, KEPT: keys}
-        text, image = self.fn_ref.original_forward(**halved)  # (B, T, D), (B, N, D)
-        if references is not None and not self._last:
-            image = torch.cat([image, references], dim=1)
-        return text, image
 
 
 class SplitEmbedding(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
     """Embeds noise and references apart: a matrix product of fewer rows may round otherwise."""
 
-    def __init__(self, noise_tokens: Callable[[], int]) -> None:
+    def __init__(self, isolation: Isolation) -> None:
         super().__init__()
-        self._noise_tokens = noise_tokens
+        self.isolation = isolation
 
     def new_forward(self, embedder: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         """Called by diffusers in place of the embedder's forward; `(B, tokens, C)` to `(B, tokens, D)`."""
-        noise = self._noise_tokens()
+        if self.isolation.suspended:
+            return cast(torch.Tensor, self.fn_ref.original_forward(hidden_states))
+        noise = self.isolation.noise_tokens()
         halves = (hidden_states[:, :noise], hidden_states[:, noise:])
         return torch.cat([self.fn_ref.original_forward(half) for half in halves if half.shape[1]], dim=1)
 
@@ -153,14 +56,16 @@ class SplitEmbedding(ModelHook):  # type: ignore[misc]  # diffusers counts as An
 class Isolation:
     """Isolated references on one transformer, until `remove()` or the end of a `with`."""
 
-    def __init__(self, module: nn.Module, adapter: TransformerAdapter) -> None:
+    def __init__(self, module: nn.Module, adapter: TransformerAdapter, apart: bool = False) -> None:
         self._module: Any = module
         self._adapter = adapter
-        self._blocks: list[Any] = list(adapter.blocks(module))
+        self._apart = apart
+        self._isolated: list[IsolatedBlock] = []
+        self.suspended = False
         self._passing: ReferencePass | None = None
         self._attention: list[tuple[Any, IsolatedAttention]] = []
-        self._zero_cond_t = [part for part in (module, *self._blocks) if getattr(part, "zero_cond_t", False)]
-        self._hooked: list[nn.Module] = []
+        parts: list[Any] = [module, *adapter.blocks(module)]
+        self._zero_cond_t = [part for part in parts if getattr(part, "zero_cond_t", False)]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._apply()
 
@@ -179,23 +84,44 @@ class Isolation:
         for attention, stand_in in self._attention:
             if attention.processor is stand_in:  # else someone has set another since: theirs stays
                 attention.set_processor(stand_in.stock)
-        for part in self._hooked:
-            remove_hook(part, ISOLATION_HOOK)
+        for block in self._isolated:
+            block.detach()
+        embedding = self._adapter.image_embedder(self._module)
+        if installed_hook(embedding, ISOLATION_HOOK) is not None:
+            remove_hook(embedding, ISOLATION_HOOK)
         for part in self._zero_cond_t:
             part.zero_cond_t = True
-        self._handles, self._attention, self._hooked, self._zero_cond_t, self._passing = [], [], [], [], None
+        self._handles, self._attention, self._isolated, self._zero_cond_t, self._passing = [], [], [], [], None
+
+    @contextmanager
+    def suspend(self) -> Iterator[None]:
+        """Within, the transformer computes as if its references had never been isolated."""
+        before = self.suspended
+        self._suspend(True)
+        try:
+            yield
+        finally:
+            self._suspend(before)
+
+    def _suspend(self, suspended: bool) -> None:
+        self.suspended = suspended
+        for part in self._zero_cond_t:
+            part.zero_cond_t = suspended
 
     def _apply(self) -> None:
         for part in self._zero_cond_t:  # references have a call of their own, at t = 0
             part.zero_cond_t = False
         for attention in self._adapter.attention_modules(self._module):
-            stand_in = IsolatedAttention(attention.processor, self._adapter)
+            stand_in = IsolatedAttention(attention.processor, self._adapter, self)
             attention.set_processor(stand_in)  # type: ignore[operator]
             self._attention.append((attention, stand_in))
-        for index, block in enumerate(self._blocks):
-            hook = IsolatedBlock(self._adapter, self._attention[index][0], index, index == len(self._blocks) - 1)
-            self._hook(block, hook)
-        self._hook(self._adapter.image_embedder(self._module), SplitEmbedding(self._noise_tokens))
+        blocks = self._adapter.blocks(self._module)
+        for index, (block, (attention, _)) in enumerate(zip(blocks, self._attention, strict=True)):
+            last = index == len(blocks) - 1
+            self._isolated.append(IsolatedBlock(self, self._adapter, block, attention, index, last))
+            self._isolated[-1].attach()
+        embedding = self._adapter.image_embedder(self._module)
+        HookRegistry.check_if_exists_or_initialize(embedding).register_hook(SplitEmbedding(self), ISOLATION_HOOK)
         embedder = self._adapter.timestep_embedder(self._module)
         self._handles = [
             # Before all hooks of diffusers, those of the caches too: they are given the pass among the arguments.
@@ -203,16 +129,15 @@ class Isolation:
             embedder.register_forward_hook(self._embed),
         ]
 
-    def _hook(self, part: nn.Module, hook: ModelHook) -> None:
-        HookRegistry.check_if_exists_or_initialize(part).register_hook(hook, ISOLATION_HOOK)
-        self._hooked.append(part)
-
-    def _noise_tokens(self) -> int:
+    def noise_tokens(self) -> int:
+        """In the image stream of the call that is under way; ReferenceCacheError where there is none."""
         if self._passing is None:
-            raise ReferenceCacheError(_OUTSIDE)
-        return self._passing.layout.noise
+            raise ReferenceCacheError(OUTSIDE)
+        return 0 if self._passing.alone else self._passing.layout.noise
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], Any]:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], Any] | None:
+        if self.suspended:
+            return None
         forward_kwargs = bind_forward(module, args, kwargs)
         layout = self._adapter.token_layout(module, forward_kwargs)
         if layout.reference == 0:
@@ -223,32 +148,53 @@ class Isolation:
         for name in CONTROLNET:
             if forward_kwargs.get(name) is not None:
                 raise ReferenceCacheError(f"{name} would reach the isolated references; use one of them alone")
-        self._passing = ReferencePass(layout)
+        parts = self._adapter.reference_lengths(forward_kwargs, layout) if self._apart else (layout.reference,)
+        if sum(parts) != layout.reference:
+            raise ReferenceCacheError(
+                f"{layout.reference} reference tokens do not divide into pictures of {' and '.join(map(str, parts))}; "
+                "give all samples of a batch references of the same sizes"
+            )
+        for block in self._isolated:
+            block.attach()
+        self._passing = ReferencePass(layout, parts)
         name = self._adapter.attention_kwargs_name
         forward_kwargs[name] = {**(forward_kwargs.get(name) or {}), PASSING: self._passing}
         return (), forward_kwargs
 
     def _embed(self, embedder: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         """Here, within the forward: offloading has brought the weights to the device, and autocast is on."""
-        if self._passing is not None and self._passing.temb is None:
-            self._passing.temb = embedder.forward(*self._adapter.reference_conditioning(args))
+        passing = self._passing
+        if not self.suspended and passing is not None and passing.temb is None and passing.take is None:
+            passing.temb = embedder.forward(*self._adapter.reference_conditioning(args))
 
 
-_OUTSIDE = (
-    "a block of a transformer with isolated references was run outside of the transformer's own call; call the "
-    "transformer itself, not its forward() or its blocks"
-)
+@contextmanager
+def references_in_full(module: nn.Module) -> Iterator[None]:
+    """Within, references of this transformer see everything, as in the stock model, whether they are isolated or not.
+
+    Raises ReferenceCacheError while a reference KV cache is on.
+    """
+    hooks = [hook for part in module.modules() if (hook := installed_hook(part, ISOLATION_HOOK)) is not None]
+    isolation: Isolation | None = next((hook.isolation for hook in hooks if isinstance(hook, SplitEmbedding)), None)
+    if isolation is None:
+        yield
+        return
+    if installed_hook(module, REFERENCE_KV_HOOK) is not None:
+        raise ReferenceCacheError("the reference KV cache is on for this transformer; remove it first")
+    with isolation.suspend():
+        yield
 
 
-def isolate_references(target: Any) -> Isolation:
+def isolate_references(target: Any, apart: bool = False) -> Isolation:
     """Let reference tokens see reference tokens only, at t = 0, as a LoRA with isolated references was trained.
 
-    All references of a sample see each other. The transformer then returns noise tokens only, `(B, N, C)`: the part
-    of its output that pipelines use. A LoRA may be loaded before or after. The reference KV cache of such a model is
-    exact.
+    The transformer then returns noise tokens only, `(B, N, C)`: the part of its output that pipelines use. A LoRA may
+    be loaded before or after, blocks compiled before or after. The reference KV cache of such a model is exact.
 
     Args:
         target: a diffusers pipeline with a transformer, or the transformer.
+        apart: each reference sees itself only, as Qwen-Image-Edit-Causal was trained; else all of a sample see each
+            other.
 
     Returns the isolation: it lasts until its `remove()`, or to the end of `with isolate_references(pipe):`.
 
@@ -265,4 +211,4 @@ def isolate_references(target: Any) -> Isolation:
     if installed_hook(module, "dittocache_session") is not None:
         raise ReferenceCacheError("caches of dittocache are on for this transformer; isolate its references before")
     check_attention(module, adapter, FEATURE)
-    return Isolation(module, adapter)
+    return Isolation(module, adapter, apart)

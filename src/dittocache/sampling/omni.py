@@ -22,6 +22,7 @@ from pydantic import Field, ValidationError, model_validator
 from dittocache.errors import ConfigError, ModelError
 from dittocache.families.loading import component_names, load_components, model_index
 from dittocache.families.registry import FAMILIES
+from dittocache.referencekv.config import ReferenceKVConfig
 from dittocache.sampling.cache_keys import ADAPTER_VARIABLE, in_guides_words
 from dittocache.sampling.session import cached
 from dittocache.sampling.trace import Trace
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class OmniDiffusionConfig(Settings):
-    """A model and the step cache to run it with.
+    """A model and the caches to run it with.
 
     Keys of LightX2V's configurations are understood: `feature_caching: Tea`, `teacache_thresh`, `coefficients`,
     `infer_steps`.
@@ -51,6 +52,12 @@ class OmniDiffusionConfig(Settings):
 
     cache_config: TeaCacheConfig | None = None
     """Settings of the cache; `model_type` is `model_class_name` when left out."""
+
+    use_image_kv_cache: bool = False
+    """Keep keys and values of reference pictures, with `reference_kv`'s settings."""
+
+    reference_kv: ReferenceKVConfig = ReferenceKVConfig()
+    """Settings of the reference KV cache."""
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Number format of the weights."""
@@ -142,23 +149,32 @@ class Omni:
         elif config.cache_config is not None and "cache_adapter" not in config.model_fields_set:
             logger.warning("cache_config is given, but no cache: set cache_adapter to tea_cache to use it")
         self.trace = Trace()
-        """What the cache did in the last call of `generate`."""
+        """What the caches did in the last call of `generate`."""
 
-    def generate(self, prompt: Any = None, num_inference_steps: int | None = None, **options: Any) -> Any:
+    def generate(
+        self,
+        prompt: Any = None,
+        num_inference_steps: int | None = None,
+        use_image_kv_cache: bool | None = None,
+        **options: Any,
+    ) -> Any:
         """Call the pipeline and return what it returns; `.images` holds the pictures.
 
-        The state of the cache belongs to this call: nothing of it is left afterwards, also on an exception.
+        The state of the caches belongs to this call: nothing of it is left afterwards, also on an exception.
 
         Args:
             prompt, num_inference_steps: as the pipeline takes them; the steps of `cache_config` (LightX2V's
                 `infer_steps`) when left out.
+            use_image_kv_cache: for this call; as the configuration says when left out.
             options: further arguments of the pipeline: `image`, `generator`, `true_cfg_scale`, ...
         """
         if num_inference_steps is None and self.settings is not None:
             num_inference_steps = self.settings.num_inference_steps
         if num_inference_steps is not None:
             options["num_inference_steps"] = num_inference_steps
-        with cached(self.pipeline, self.settings) as trace, torch.no_grad():
+        wanted = self.config.use_image_kv_cache if use_image_kv_cache is None else use_image_kv_cache
+        kept = self.config.reference_kv if wanted else None
+        with cached(self.pipeline, self.settings, kept) as trace, torch.no_grad():
             outputs = self.pipeline(prompt=prompt, **options)
         self.trace = trace
         return outputs

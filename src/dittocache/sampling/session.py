@@ -50,7 +50,8 @@ def cached(
         reference_kv: settings of the reference KV cache; None: off.
 
     Raises StepCacheError where caches are on for this transformer already or TeaCache does not know the model,
-    ReferenceCacheError where references cannot be cached, ModelError where there is no transformer.
+    ReferenceCacheError where references cannot be cached or would not be exact as asked, ModelError where there is no
+    transformer.
     """
     denoiser = find_denoiser(target)
     module = denoiser.module
@@ -71,7 +72,7 @@ def cached(
     with ExitStack() as undo:
         caches: list[CacheHook] = []
         if reference_kv is not None:
-            caches.append(apply_reference_kv(target, reference_kv, clock))
+            caches.append(apply_reference_kv(target, reference_kv, clock, note))
             undo.callback(remove_reference_kv, target)
         if teacache is not None:  # registered later, so it stands around the reference cache
             if reference_kv is not None:  # keys and values are kept for the batch as a whole
@@ -96,14 +97,17 @@ class _Recorder(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
         self._trace = trace
         self._clock = clock
         self._caches = caches
+        self._drifts: list[tuple[StepRecord, torch.Tensor]] = []
         self._pending: list[tuple[StepRecord, torch.cuda.Event, torch.cuda.Event]] = []
 
     def deinitalize_hook(self, module: nn.Module) -> nn.Module:
-        """Called by diffusers (which spells it so) when the hook is removed: reads the device's clock."""
+        """Called by diffusers (which spells it so) when the hook is removed: reads what was left on the device."""
         for record, start, end in self._pending:
             end.synchronize()
             record.seconds = start.elapsed_time(end) / 1000  # ms
-        self._pending = []
+        for record, drift in self._drifts:
+            record.drift = float(drift)
+        self._pending, self._drifts = [], []
         return module
 
     def reset_state(self, module: nn.Module) -> nn.Module:
@@ -119,9 +123,20 @@ class _Recorder(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
             record.decision = "computed" if call.computed else "skipped"
             record.cause, record.distance, record.references = call.cause, call.distance, call.references
             record.rows, record.rows_computed = call.rows, call.rows_computed
+            record.work = call.rows_computed / call.rows * (1 - call.saved) if call.computed else 0.0
+            if call.drift is not None:
+                self._drifts.append((record, call.drift))
             self._trace.steps.append(record)
-            self._trace.bytes_held = max(self._trace.bytes_held, sum(cache.bytes_held for cache in self._caches))
+            self._weigh()
             return output
+
+    def _weigh(self) -> None:
+        trace = self._trace
+        trace.bytes_held = max(trace.bytes_held, sum(cache.bytes_held for cache in self._caches))
+        for cache in self._caches:
+            if isinstance(cache, ReferenceKVHook):
+                trace.host_bytes_held = max(trace.host_bytes_held, cache.host_bytes_held)
+                trace.reference_bytes_predicted = max(trace.reference_bytes_predicted, cache.bytes_predicted)
 
     def _timed(self, call: DenoisingCall, forward_kwargs: dict[str, Any]) -> tuple[StepRecord, Any]:
         record = StepRecord(call.run, call.step, call.branch, "", "", None, None, 0.0)

@@ -23,6 +23,9 @@ class StepRecord:
         references: `computed` or `reused` where the reference KV cache ran, else None.
         seconds: wall time of the call on a CPU, time on the device on CUDA.
         rows, rows_computed: samples in the batch, and those of them that were computed.
+        drift: how far the references' keys had moved from what was kept or predicted, relative, where they were
+            computed anew.
+        work: share of the blocks' work on all tokens of the batch.
     """
 
     run: int
@@ -35,15 +38,21 @@ class StepRecord:
     seconds: float
     rows: int = 1
     rows_computed: int = 1
+    drift: float | None = None
+    work: float = 1.0
 
 
 class Trace:
-    """Fills while a session runs; times on CUDA are in when the session has ended."""
+    """Fills while a session runs; times on CUDA, and drifts, are in when the session has ended."""
 
     def __init__(self) -> None:
         self.steps: list[StepRecord] = []
         self.bytes_held = 0
         """Most memory that the caches held at a time, in bytes on the device."""
+        self.host_bytes_held = 0
+        """The same on the host, of references that are offloaded."""
+        self.reference_bytes_predicted = 0
+        """Of `bytes_held`, what references were expected to take, when they were about to be kept."""
         self.notes: list[str] = []
         """Remarks for the user: a cache that never triggered, settings that cannot work."""
 
@@ -56,6 +65,11 @@ class Trace:
     def skipped(self) -> int:
         """Calls that did not."""
         return len(self.steps) - self.computed
+
+    @property
+    def passes(self) -> float:
+        """Calls that ran the transformer blocks, each by its share of the blocks' work."""
+        return sum(step.work for step in self.steps)
 
     @property
     def references_reused(self) -> int:
@@ -85,6 +99,10 @@ class Trace:
             steps = [step for step in self.steps if (step.run, step.branch) == (run, branch)]
             lines.append(f"run {run}, {branch}: {_describe(steps)}")
         held = f"the caches held at most {self.bytes_held / 1e6:.1f} MB" if self.bytes_held else "no cache held memory"
+        if self.reference_bytes_predicted:
+            held += f" ({self.reference_bytes_predicted / 1e6:.1f} MB expected for references)"
+        if self.host_bytes_held:
+            held += f", and {self.host_bytes_held / 1e6:.1f} MB on the host"
         return "\n".join([*(lines or ["the transformer was not called"]), held, *self.notes])
 
     def as_dict(self) -> dict[str, Any]:
@@ -93,8 +111,11 @@ class Trace:
             "computed": self.computed,
             "skipped": self.skipped,
             "references_reused": self.references_reused,
+            "passes": self.passes,
             "seconds": self.seconds,
             "bytes_held": self.bytes_held,
+            "host_bytes_held": self.host_bytes_held,
+            "reference_bytes_predicted": self.reference_bytes_predicted,
             "notes": list(self.notes),
             "steps": [asdict(step) for step in self.steps],
         }
@@ -108,6 +129,9 @@ def _describe(steps: Sequence[StepRecord]) -> str:
     words = [f"{len(steps)} steps", f"{len(steps) - skipped} computed", f"{skipped} skipped"]
     if reused:
         words.append(f"{reused} with kept references")
+    drifts = [step.drift for step in steps if step.drift is not None]
+    if drifts:
+        words.append(f"their keys had drifted by {', '.join(f'{drift:.1%}' for drift in drifts)}")
     return f"{', '.join(words)}, {sum(step.seconds for step in steps):.2f} s  [{pattern}]"
 
 

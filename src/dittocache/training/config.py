@@ -73,6 +73,10 @@ class TrainConfig(Settings):
     reference_visibility: Literal["full", "isolated"] = "full"
     """What reference tokens see; `isolated`: references only, at t = 0, so that a reference KV cache is exact."""
 
+    self_distillation: float = Field(default=0.0, ge=0, le=1)
+    """Share of the target that is the model's own velocity without the LoRA and with full visibility, for
+    `reference_visibility: isolated`; 1: learn to read isolated references, and nothing from the targets."""
+
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradient clipping."""
 
@@ -170,6 +174,15 @@ class TrainConfig(Settings):
         if value is not None and not all(0 <= beta < 1 for beta in value):
             raise ValueError("two numbers in [0, 1)")
         return value
+
+    @model_validator(mode="after")
+    def _a_teacher_sees_more_than_its_pupil(self) -> Self:
+        if self.self_distillation > 0 and self.reference_visibility != "isolated":
+            raise ValueError(
+                f"self_distillation: {self.self_distillation} needs reference_visibility: isolated; with full "
+                "visibility the model without the LoRA is where training begins, and there is nothing to learn from it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _offloaded_blocks_come_back_for_the_backward_pass(self) -> Self:

@@ -95,7 +95,7 @@ def check_continuation(saved: Mapping[str, Any], current: Mapping[str, Any], che
     A run that goes on with such a difference is not what an uninterrupted one would have been. Raises ConfigError
     that lists the differences which make it no continuation at all.
     """
-    saved = {"reference_visibility": "full", **saved}  # of before there was a choice
+    saved = {"reference_visibility": "full", "self_distillation": 0.0, **saved}  # of before there was a choice
     ignored = set(FREE | SHARED)
     if saved.get("lr_schedule") == current.get("lr_schedule") == "constant":
         ignored |= ONLY_IN_SCHEDULES

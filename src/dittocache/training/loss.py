@@ -16,6 +16,16 @@ LOSS_MASK = "loss_mask"
 Weighting = Literal["none", "sigma_sqrt", "cosmap"]
 
 
+def predicted_velocity(model: Any, inputs: TrainingInputs, dtype: torch.dtype) -> torch.Tensor:
+    """The transformer's velocity `(B, N, C)` for these inputs, run in `dtype`."""
+    kwargs = {
+        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in inputs.transformer_kwargs.items()
+    }
+    predicted: torch.Tensor = inputs.select(model(**kwargs, return_dict=False)[0])
+    return predicted
+
+
 def velocity_losses(
     model: Any, inputs: TrainingInputs, dtype: torch.dtype, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -24,11 +34,7 @@ def velocity_losses(
     Args:
         mask: weights `(B, N)` of the tokens; the loss of a sample is its weighted mean. None: all alike.
     """
-    kwargs = {
-        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in inputs.transformer_kwargs.items()
-    }
-    predicted = inputs.select(model(**kwargs, return_dict=False)[0])
+    predicted = predicted_velocity(model, inputs, dtype)
     errors = (predicted.float() - inputs.target.float()).square().mean(dim=2)  # (B, N)
     return errors.mean(dim=1) if mask is None else (errors * mask).sum(dim=1) / mask.sum(dim=1)
 

@@ -6,12 +6,13 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from dittocache.families.base import Tensors
+from dittocache.training.base_model import base_velocity, mixed_target
 from dittocache.training.checkpoint import Trained
 from dittocache.training.config import TrainConfig
 from dittocache.training.loss import loss_mask, sigma_weights, velocity_losses
@@ -106,6 +107,9 @@ class StepRunner:
         noise = torch.stack([one.noise for one in draws]).to(device)  # (B, N, C)
         sigmas = torch.stack([one.sigma for one in draws]).to(device)  # (B,)
         inputs = self._trained.family.training_inputs(batch, noise, sigmas)
+        if config.self_distillation > 0:
+            base = base_velocity(self._trained.transformer, inputs, self._dtype)
+            inputs = replace(inputs, target=mixed_target(inputs, base, config.self_distillation))
         losses = velocity_losses(self._model, inputs, self._dtype, loss_mask(batch, part.names, device))
         return losses * sigma_weights(config.loss_weighting, sigmas)
 

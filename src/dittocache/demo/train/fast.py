@@ -90,10 +90,27 @@ def _mlp(mlp: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 class TrainingForward:
-    """Velocity of a batch of edits, with `zero_cond_t` chosen sample by sample."""
+    """Velocity of a batch of edits, with `zero_cond_t` chosen sample by sample.
 
-    def __init__(self, transformer: QwenImageTransformer2DModel, text_length: int, compiled: bool = True) -> None:
+    Args:
+        transformer: the stock model, whose parameters are read at every call.
+        text_length: T, of all prompts.
+        compiled: whether blocks are compiled.
+        isolated: reference tokens see reference tokens only (`dittocache.isolate_references`), by a mask.
+    """
+
+    def __init__(
+        self,
+        transformer: QwenImageTransformer2DModel,
+        text_length: int,
+        compiled: bool = True,
+        isolated: bool = False,
+    ) -> None:
         self.transformer = transformer
+        self.hidden = torch.zeros(1, text_length + 2 * TOKENS, dtype=torch.bool)  # from all queries, or (S, S)
+        if isolated:
+            self.hidden = self.hidden.expand(text_length + 2 * TOKENS, -1).clone()
+            self.hidden[-TOKENS:, :-TOKENS] = True
         image, text = transformer.pos_embed([[GRID, GRID]], max_txt_seq_len=text_length, device=torch.device("cpu"))
         angles = torch.cat([text, image])[:, None]  # (T + 128, 1, D / 2) complex
         self.cos, self.sin = angles.real.contiguous(), angles.imag.contiguous()
@@ -120,7 +137,8 @@ class TrainingForward:
         live, zero = temb.float().chunk(2)
         pair = torch.stack([live, torch.where(zero_cond[:, None], zero, live)], dim=1)  # (B, 2, C)
         keys = torch.cat([mask, mask.new_ones(mask.shape[0], 2 * TOKENS)], dim=1)
-        bias = torch.zeros(keys.shape).masked_fill(~keys, -1e4)[:, None, None, :]
+        unseen = ~keys[:, None, None, :] | self.hidden  # (B, 1, 1 or S, S)
+        bias = torch.zeros(unseen.shape).masked_fill(unseen, -1e4)
         for block in model.transformer_blocks:
             image, text = self.block(
                 block, image, text, block.img_mod(pair), block.txt_mod(live), bias, self.cos, self.sin

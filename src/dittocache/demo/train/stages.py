@@ -68,6 +68,15 @@ def run_dit(options: Options) -> None:
     _spawn(_dit_worker, options)
 
 
+def run_exact_lora(options: Options) -> None:
+    """Train the LoRA with isolated references on the finished model."""
+    from dittocache.demo.train.exact_lora import train_exact_lora
+
+    torch.set_num_threads(1)
+    for _ in train_exact_lora(options.work_dir, options.model_dir, options.minutes or 50.0):
+        pass
+
+
 def run_evaluate(options: Options) -> None:
     """Evaluate on the held-out edits."""
     from dittocache.demo.evaluate import evaluate
@@ -109,5 +118,6 @@ STAGES: dict[str, Callable[[Options], None]] = {
     "text": run_text,
     "encode": run_encode,
     "dit": run_dit,
+    "exact_lora": run_exact_lora,
     "evaluate": run_evaluate,
 }

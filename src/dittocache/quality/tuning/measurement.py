@@ -24,7 +24,7 @@ class Measurement:
     """One picture beside the uncached one of the same sample.
 
     Attributes:
-        passes, uncached_passes: calls of the transformer that ran its blocks.
+        passes, uncached_passes: calls of the transformer that ran its blocks, each by its share of the tokens' work.
         seconds, uncached_seconds: wall time of the pipeline's whole call.
         transformer_seconds, uncached_transformer_seconds: of it within the transformer.
         lpips: None where it was not asked for.
@@ -33,8 +33,8 @@ class Measurement:
     psnr: float
     ssim: float
     flip: float
-    passes: int
-    uncached_passes: int
+    passes: float
+    uncached_passes: float
     seconds: float
     uncached_seconds: float
     transformer_seconds: float
@@ -143,7 +143,7 @@ class Ledger:
             else:
                 made = sample.make(UNCACHED)
                 made.image.save(file)
-                passes, inside = made.trace.computed, made.trace.seconds
+                passes, inside = made.trace.passes, made.trace.seconds
                 own = Measurement(100.0, 1.0, 0.0, passes, passes, made.seconds, made.seconds, inside, inside)
                 self._write(key, own)
                 self._uncached[sample.key] = made.image, own
@@ -174,7 +174,7 @@ def _measurement(made: Picture, image: Image.Image, uncached: Measurement) -> Me
         psnr=capped(psnr(made.image, image)),
         ssim=ssim(made.image, image),
         flip=flip(made.image, image),
-        passes=made.trace.computed,
+        passes=made.trace.passes,
         uncached_passes=uncached.passes,
         seconds=made.seconds,
         uncached_seconds=uncached.seconds,

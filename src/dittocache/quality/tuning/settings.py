@@ -7,19 +7,23 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from dittocache.quality.calibration.recording import Subject
+from dittocache.referencekv.config import ReferenceKVConfig
+from dittocache.referencekv.policy import even_refreshes
 from dittocache.teacache.config import TeaCacheConfig
 from dittocache.teacache.profile import Calibration
 
 PLAIN = "fewer plain steps"
 _VALUES = 24  # of a continuous knob
+References = Literal["drift", "exact"]
 _FEWEST_SHARE = 0.2  # of the steps: fewer are computed by no schedule
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to make a picture: with so many plain steps, or with a step cache.
+    """One way to make a picture: with so many plain steps, with a step cache, a reference cache, or both.
 
     Attributes:
         method: what the settings of one sweep share.
@@ -31,12 +35,14 @@ class Setting:
     knob: str
     steps: int | None = None
     teacache: TeaCacheConfig | None = None
+    reference_kv: ReferenceKVConfig | None = None
 
     @cached_property
     def key(self) -> str:
         """The same for settings that make the same picture."""
-        cache = None if self.teacache is None else self.teacache.model_dump(mode="json")
-        return json.dumps([self.steps, cache], sort_keys=True)
+        chosen = [cache for cache in (self.teacache, self.reference_kv) if cache is not None]
+        caches: list[object] = [cache.model_dump(mode="json") for cache in chosen]
+        return json.dumps([self.steps, *(caches or [None])], sort_keys=True)
 
     @property
     def label(self) -> str:
@@ -54,12 +60,19 @@ class Method:
     settings: Sequence[Setting]
 
 
-def all_methods(steps: int, calibration: Mapping[Subject, Calibration], knows_blocks: bool = True) -> list[Method]:
+def all_methods(
+    steps: int,
+    calibration: Mapping[Subject, Calibration],
+    knows_blocks: bool = True,
+    references: References | None = None,
+) -> list[Method]:
     """Every sweep for runs of `steps` steps: plain steps first, then every gate with the predictions that suit it.
 
     Args:
         calibration: of the distance gate, by what is predicted; without it that gate is left out.
         knows_blocks: whether the model has an extractor, so that the residual of its blocks can be predicted.
+        references: what becomes of references whose keys and values are kept: they drift, and when to refresh them is
+            searched too, alone and together with ways of skipping steps; or they are `exact`. None: there are none.
     """
     methods = [plain_steps(steps)]
     if steps >= 4:
@@ -71,6 +84,14 @@ def all_methods(steps: int, calibration: Mapping[Subject, Calibration], knows_bl
             subject: Subject = "output" if prediction.startswith("output") else "residual"
             if subject in calibration:
                 methods.append(distance_gate(prediction, calibration[subject]))
+    if references is not None:
+        skipping = [error_gate("output_linear"), late_schedule(steps)] if steps >= 4 else []
+        if references == "drift":
+            methods += [refreshed_references(steps), adaptive_references(steps)]
+        else:
+            methods.append(Method("references kept", [Setting("references kept", "", reference_kv=REFERENCES[-1])]))
+        kept = REFERENCES if references == "drift" else REFERENCES[-1:]
+        methods += [with_references(method, one) for method in skipping for one in kept]
     return [method for method in methods if method.settings]
 
 
@@ -106,6 +127,43 @@ def even_schedule(steps: int) -> Method:
 def late_schedule(steps: int) -> Method:
     """A fixed schedule whose computed steps lie closer together towards the end."""
     return _schedules("schedule closer late, output_linear", steps, 1.6)
+
+
+REFERENCES = (ReferenceKVConfig(refresh=2), ReferenceKVConfig())
+"""What ways of skipping steps are combined with: references refreshed at every second computed step, and as usual."""
+
+
+def refreshed_references(steps: int) -> Method:
+    """References refreshed at fewer and fewer steps, evenly spread; every step is computed."""
+    name, settings = "references refreshed evenly", []
+    for count in range(steps - 1, 0, -1):
+        kept = ReferenceKVConfig(refresh=even_refreshes(steps, count))
+        settings.append(Setting(name, f"{count} of {steps} refreshed", reference_kv=kept))
+    return Method(name, settings)
+
+
+def adaptive_references(steps: int) -> Method:
+    """References refreshed when their keys are expected to have drifted; the knob is `drift_tolerance`."""
+    name = "references refreshed by drift"
+    tolerances = _knob(0.01, 1.0) if steps > 2 else []
+    return Method(
+        name,
+        [
+            Setting(
+                name,
+                f"drift_tolerance {tolerance:g}",
+                reference_kv=ReferenceKVConfig(refresh="adaptive", drift_tolerance=tolerance),
+            )
+            for tolerance in tolerances
+        ],
+    )
+
+
+def with_references(method: Method, kept: ReferenceKVConfig) -> Method:
+    """A way of skipping steps, with references kept in the others."""
+    name = f"{method.name}, references {kept.in_short}"
+    settings = [Setting(name, one.knob, one.steps, one.teacache, kept) for one in method.settings]
+    return Method(name, settings)
 
 
 def spread(steps: int, computed: int, power: float) -> tuple[int, ...]:

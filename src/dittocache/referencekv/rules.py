@@ -1,0 +1,94 @@
+"""From the settings to the rule of one run: what is exact, and what is usual where nothing is said."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Literal, cast, get_args
+
+from torch import nn
+
+from dittocache.errors import ReferenceCacheError
+from dittocache.families.base import TransformerAdapter
+from dittocache.referencekv.config import ReferenceKVConfig
+from dittocache.referencekv.policy import EXACT, RefreshRule
+
+Visibility = Literal["isolated", "apart"]
+"""References of a sample see each other and nothing else; or each sees itself only."""
+
+ISOLATED_CHECKPOINTS: Mapping[str, Visibility] = {"Qwen-Image-Edit-Causal": "apart"}
+"""Published checkpoints that were trained with isolated references, by the last part of their names."""
+
+
+def rule_of(config: ReferenceKVConfig, steps: int | None, exact: bool) -> RefreshRule:
+    """When a run of `steps` steps refreshes its references; None: nobody knows how many there are."""
+    if config.mode == "exact" or (exact and config.mode == "auto" and config.refresh is None):
+        return EXACT
+    refresh = config.refresh
+    if refresh is None:
+        rule = usual_rule(steps)
+    elif refresh == "adaptive":
+        rule = RefreshRule(tolerance=config.drift_tolerance, extrapolate=True)
+    elif isinstance(refresh, int):
+        rule = RefreshRule(every=refresh, extrapolate=refresh > 1)
+    else:
+        rule = RefreshRule(steps=refresh, extrapolate=len(refresh) > 1)
+    if config.extrapolate is not None:
+        rule = RefreshRule(rule.every, rule.steps, rule.tolerance, config.extrapolate)
+    return rule
+
+
+def usual_rule(steps: int | None) -> RefreshRule:
+    """What is best for most pictures, and better than fewer plain steps in the same time (docs/reference-kv.md).
+
+    Measured on the bundled model, 12 held-out edits, PSNR against uncached pictures, mean / worst: of 8 steps the first
+    alone 43.8 / 29.4 dB, with step 2 as a line 50.0 / 43.6, with 2 and 5 58.5 / 50.4; of 4 steps the first two 51.9 /
+    46.0, the first and the third 56.3 / 28.1; of 12 every 4th, as a line, 57.8 / 53.2; of 28 63.9 / 58.0.
+    """
+    if steps is None or steps >= 12:
+        return RefreshRule(every=4, extrapolate=True)
+    if steps >= 8:
+        return RefreshRule(steps=(0, steps // 4, 5 * steps // 8), extrapolate=True)
+    return RefreshRule(steps=(0, max(1, steps // 4)))
+
+
+def trained_visibility(module: nn.Module) -> Visibility | None:
+    """What the references of this checkpoint see, where it is known to have been trained with isolated ones.
+
+    From `reference_visibility` in the transformer's configuration, else from the name that it was loaded by. Of a LoRA
+    nothing is left in the model that would say so.
+    """
+    config = getattr(module, "config", {})
+    said = config.get("reference_visibility")
+    if said in get_args(Visibility):
+        return cast(Visibility, said)
+    parts = re.split(r"[/\\]|--", str(config.get("_name_or_path") or ""))
+    return next((ISOLATED_CHECKPOINTS[part] for part in parts if part in ISOLATED_CHECKPOINTS), None)
+
+
+def check_settings(config: ReferenceKVConfig, adapter: TransformerAdapter, module: nn.Module) -> None:
+    """Raise ReferenceCacheError where this checkpoint cannot do what the settings ask for, and say why."""
+    name, exact, blocks = type(module).__name__, adapter.reference_is_exact(module), len(adapter.blocks(module))
+    if config.mode == "exact" and not exact:
+        raise ReferenceCacheError(
+            f"mode 'exact' asks this {name} for references that never change, but they are not isolated: they see the "
+            "noise, or follow the timestep. Neither the checkpoint's name nor its configuration (reference_visibility) "
+            "says that it was trained otherwise. Load a LoRA that was trained with isolated references and call "
+            "isolate_references(pipe), or take mode 'approx'"
+        )
+    if config.reuse_across_calls and not exact:
+        raise ReferenceCacheError(
+            f"reuse_across_calls is for references that never change, but those of this {name} are not isolated: they "
+            "are others in each call; leave it out"
+        )
+    if config.freeze_from_layer is None:
+        return
+    if exact:
+        raise ReferenceCacheError(
+            f"references of this {name} are isolated and never change, so no layer need compute them at every step; "
+            "leave freeze_from_layer out"
+        )
+    if config.freeze_from_layer >= blocks:
+        raise ReferenceCacheError(
+            f"freeze_from_layer is {config.freeze_from_layer}, but this {name} has the layers 0 to {blocks - 1}"
+        )
