@@ -23,6 +23,7 @@ from dittocache.cli.shared import (
     settings_help,
     start_job,
 )
+from dittocache.cli.studio import studio
 from dittocache.config import parse_overrides
 from dittocache.errors import ConfigError, DataError, DittocacheError, ModelError
 from dittocache.jobs.run_folder import LORA_NAME, REPORT_NAME, SAMPLES_NAME
@@ -62,6 +63,7 @@ def demo(*settings: Overrides) -> None:
 app.command(cache_app)
 app.command(plan, help_epilogue=settings_help())
 add_quality_commands(app)
+app.command(studio)
 
 
 @app.command(help_epilogue=settings_help())
