@@ -16,6 +16,7 @@ from fastapi.responses import RedirectResponse
 from nicegui import ui
 
 from dittocache.errors import ConfigError
+from dittocache.studio import thumbnails
 from dittocache.studio.layout import frame
 from dittocache.studio.pages import cache, data, generate, model, reports, runs, train
 from dittocache.studio.safety import SafetyMiddleware
@@ -49,6 +50,8 @@ def register(studio: Studio) -> None:
     server.add_static_files("/assets", ASSETS)
     ui.add_head_html('<link rel="stylesheet" href="/assets/studio.css">', shared=True)
     server.get("/")(lambda: RedirectResponse("/data"))
+    for path, answer in thumbnails.endpoints(studio).items():
+        server.get(path)(answer)
     for path, build in PAGES.items():
         ui.page(path)(partial(_framed, studio, path, build))
 

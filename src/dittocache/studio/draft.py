@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dittocache.config import RunConfig, check_config
+from dittocache.settings import Settings
 
 
 class Draft:
@@ -63,3 +64,18 @@ class Draft:
         temporary = self.path.with_name(self.path.name + ".tmp")
         temporary.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         temporary.replace(self.path)
+
+
+def given_settings(config: Settings) -> dict[str, Any]:
+    """What a config says that it was given, as a draft holds it: JSON values by dotted name."""
+    content = config.model_dump(mode="json")
+    given: dict[str, Any] = {}
+    for name in type(config).model_fields:
+        if name not in config.model_fields_set:
+            continue
+        value = getattr(config, name)
+        if isinstance(value, Settings):
+            given |= {f"{name}.{inner}": one for inner, one in given_settings(value).items()}
+        elif value is not None:
+            given[name] = content[name]
+    return given
