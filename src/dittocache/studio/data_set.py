@@ -9,11 +9,7 @@ from pathlib import Path
 from dittocache.config import BUNDLED, RunConfig, check_config
 from dittocache.data.browsing import Browsed, browse
 from dittocache.data.config import DataConfig
-from dittocache.errors import ConfigError, DataError, DittocacheError
-from dittocache.families.registry import get_family
-from dittocache.jobs.demo_job import demo_config
-from dittocache.jobs.inputs import RunInputs
-from dittocache.jobs.quick_start import ANY_FAMILY
+from dittocache.errors import DataError, DittocacheError
 from dittocache.studio.draft import given_settings
 from dittocache.studio.state import Studio
 
@@ -52,6 +48,7 @@ def copy_demo(studio: Studio) -> RunConfig:
     Pictures and captions that are there already stay as they are. Raises DataError where the folder cannot be written.
     """
     from dittocache.demo.model import SAMPLES_DIR
+    from dittocache.jobs.demo_job import demo_config
 
     folder = studio.path(DEMO_FOLDER)
     try:
@@ -76,8 +73,12 @@ def set_data(studio: Studio, path: Path) -> None:
 
 def _size_multiple(studio: Studio) -> int:
     """Of the draft's model, where it is known; else the strictest."""
+    from dittocache.families.registry import get_family
+    from dittocache.jobs.inputs import RunInputs
+    from dittocache.jobs.quick_start import ANY_FAMILY
+
     try:
         config = studio.config({"data.path": str(studio.base)})
         return RunInputs(config, config.run_dir).family.size_multiple
-    except (ConfigError, DittocacheError, OSError):
+    except (DittocacheError, OSError):
         return get_family(ANY_FAMILY).size_multiple

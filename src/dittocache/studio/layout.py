@@ -51,7 +51,8 @@ def frame(studio: Studio, path: str) -> Iterator[None]:
         ui.link("dittocache Studio", "/").classes("studio-brand")
         ui.space()
         _theme_button()
-    with ui.left_drawer().props("width=208 breakpoint=900").classes("studio-drawer") as drawer:
+    # `show-if-above` and not `value=None`, for which NiceGUI asks the browser and complains when it is slow to answer.
+    with ui.left_drawer(value=False).props("show-if-above width=208 breakpoint=900").classes("studio-drawer") as drawer:
         _navigation(place)
     menu.on_click(drawer.toggle)
     with ui.element("main").classes("studio-main").props("id=content"):

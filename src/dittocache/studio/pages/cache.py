@@ -1,11 +1,198 @@
-"""Page *Cache*."""
+"""Page *Cache*: what is cached, what would be encoded and why, how large and how long; verify and clean."""
 
 from __future__ import annotations
 
-from dittocache.studio.layout import heading
+from pathlib import Path
+from typing import Any
+
+from nicegui import run, ui
+
+from dittocache.errors import DittocacheError
+from dittocache.jobs.background.stopping import kill_run, stop_run
+from dittocache.jobs.following.view import RunView
+from dittocache.studio.background_work import background_work
+from dittocache.studio.cache_care import CachePlan, cache_place, plan_cache, remove_unused, unused, verify
+from dittocache.studio.layout import card, heading, problems_list
+from dittocache.studio.parts.live_run import LiveRun
+from dittocache.studio.parts.tables import numbers, row, table
+from dittocache.studio.run_choice import run_to_show
+from dittocache.studio.shown import shown
 from dittocache.studio.state import Studio
+from dittocache.studio.training import resume_run, start_caching
+from dittocache.studio.words import byte_count, duration
 
 
 def page(studio: Studio) -> None:
-    """Build the page."""
-    heading("Cache")
+    """Build the page; the plan is made after the page is there."""
+    heading("Cache", "What the encoders make is stored once. Here is what your data needs of it, and why.")
+    CachePage(studio)
+
+
+class CachePage:
+    """Plan, caching run, care of the store."""
+
+    def __init__(self, studio: Studio) -> None:
+        self._studio = studio
+        self._version = -1
+        self._work = background_work(studio)
+        with card("Plan") as self._plan_card:
+            with ui.element("div").classes("line"):
+                self._summary = ui.label().classes("grow wrap").props("aria-live=polite")
+                ui.button("Look again", icon="refresh", on_click=self._load).props("flat dense no-caps")
+                self._encode = ui.button("Encode what is missing", icon="play_arrow", on_click=self._start)
+                self._encode.props("unelevated no-caps")
+            self._plan = ui.element("div").classes("stack")
+        self._live = LiveRun(self._controls)
+        with card("Care", "Safe beside runs at work."):
+            self._place = ui.label().classes("mono small wrap muted")
+            with ui.element("div").classes("line"):
+                ui.button("Verify every record", icon="verified", on_click=self._verify).props("outline no-caps")
+                ui.button("Remove unused records", icon="cleaning_services", on_click=self._clean).props(
+                    "outline no-caps"
+                )
+            self._progress = ui.linear_progress(0, show_value=False).props("rounded size=6px")
+            self._progress.set_visibility(False)
+            self._done = ui.label().classes("log mono")
+            self._done.set_visibility(False)
+        ui.timer(0, self._load, once=True)
+        ui.timer(2.0, self._follow)
+        ui.timer(0.5, self._show_work)
+
+    async def _follow(self) -> None:
+        if self._studio.draft.version != self._version:
+            await self._load()
+        found = await run.io_bound(run_to_show, self._studio, "", self._live.run_dir)
+        if found is not None:
+            await self._live.show(found)
+
+    async def _load(self) -> None:
+        self._version = self._studio.draft.version
+        self._summary.set_text("Working out what is needed …")
+        try:
+            self._place.set_text(shown(cache_place(self._studio)))
+        except DittocacheError as error:
+            self._place.set_text(shown(error))
+        plan = await run.io_bound(plan_cache, self._studio)
+        if plan is None:
+            return
+        self._encode.set_enabled(bool(plan.misses))
+        self._summary.set_text(_summary(plan))
+        self._plan.clear()
+        with self._plan:
+            _show_plan(plan)
+
+    async def _start(self) -> None:
+        try:
+            run_dir = await run.io_bound(start_caching, self._studio)
+        except DittocacheError as error:
+            ui.notify(shown(error, 1000), type="negative", multi_line=True)
+            return
+        if run_dir is not None:
+            await self._live.show(run_dir)
+
+    def _controls(self, run_dir: Path, view: RunView) -> None:
+        if view.state == "running":
+            again = view.stop_requests > 0
+            end = kill_run if view.stop_requests > 1 else stop_run
+            ui.button("End at once" if again else "Stop", icon="stop", on_click=lambda: self._act(end, run_dir)).props(
+                "outline no-caps color=negative"
+            )
+        elif view.state in ("stopped", "failed", "died"):
+            ui.button("Resume", on_click=lambda: self._act(resume_run, self._studio, run_dir)).props(
+                "unelevated no-caps"
+            )
+        elif view.state == "finished":
+            ui.timer(0, self._load, once=True)  # what was encoded is in the plan now
+
+    async def _act(self, what: Any, *arguments: object) -> None:
+        try:
+            await run.io_bound(what, *arguments)
+        except DittocacheError as error:
+            ui.notify(shown(error, 1000), type="negative", multi_line=True)
+
+    def _verify(self) -> None:
+        self._begin("Verifying every record", lambda log: verify(self._studio, log))
+
+    async def _clean(self) -> None:
+        try:
+            found = await run.io_bound(unused, self._studio)
+        except DittocacheError as error:
+            ui.notify(shown(error, 1000), type="negative", multi_line=True)
+            return
+        if found is None:
+            return
+        plan, words = found
+        if not words:
+            ui.notify("Every record is used by a run, or younger than an hour: nothing to remove")
+            return
+        if await _agreed(words):
+            self._begin("Removing unused records", lambda log: remove_unused(self._studio, plan, log))
+
+    def _begin(self, title: str, what: Any) -> None:
+        if self._work.start(title, what) is None:
+            ui.notify("Something is being done with the cache already; wait for its end", type="warning")
+
+    def _show_work(self) -> None:
+        """The same in every tab."""
+        work = self._work.last
+        self._progress.set_visibility(work is not None and work.running)
+        self._done.set_visibility(work is not None)
+        if work is None:
+            return
+        self._progress.set_value(work.done / work.total if work.total else 0)
+        count = f": {work.done:,} of {work.total:,}, {duration(work.eta)} left" if work.total and work.running else ""
+        state = f"{work.title}{count} …" if work.running else f"{work.title}: done\n{work.text}"
+        self._done.set_text(f"{work.title} failed: {work.problem}" if work.problem else state)
+
+
+async def _agreed(words: str) -> bool:
+    """Whether the user wants removed what the dry run found."""
+    with ui.dialog() as dialog, ui.card().classes("chooser"):
+        ui.label("Remove unused records?").classes("card-title")
+        ui.label("Nothing is removed yet. This is what would go:").classes("muted")
+        ui.label(words).classes("log mono")
+        with ui.element("div").classes("line end"):
+            ui.button("Keep all", on_click=lambda: dialog.submit(False)).props("flat no-caps")
+            ui.button("Remove", on_click=lambda: dialog.submit(True)).props("unelevated no-caps color=negative")
+    agreed = await dialog
+    dialog.delete()
+    return bool(agreed)
+
+
+def _summary(plan: CachePlan) -> str:
+    if plan.problems:
+        return "There is no plan yet"
+    records = plan.hits + plan.misses
+    have = f"{plan.samples:,} samples need {records:,} records; {plan.hits:,} are cached"
+    return f"{have}, {plan.misses:,} are to be encoded" if plan.misses else f"{have}: nothing is left to encode"
+
+
+def _show_plan(plan: CachePlan) -> None:
+    if plan.problems:
+        problems_list(plan.problems, "Settle this first, on the pages Data, Model and Train")
+        return
+    share = plan.hits / (plan.hits + plan.misses) if plan.hits + plan.misses else 1.0
+    ui.linear_progress(share, show_value=False).props('rounded size=10px aria-label="Share that is cached"')
+    numbers(_numbers(plan))
+    if not plan.causes:
+        return
+    with table("Records", "Why they are to be encoded", "For example"):
+        for cause in plan.causes:
+            examples = ", ".join(shown(name, 60) for name in cause.samples)
+            row(f"{cause.records:,}", f"stale: {cause.words}" if cause.stale else cause.words, examples, mono=(0, 2))
+
+
+def _numbers(plan: CachePlan) -> list[tuple[str, str]]:
+    found = [("Cached", byte_count(plan.bytes_stored))]
+    if plan.misses:
+        size = "not known" if plan.bytes_to_write is None else f"about {byte_count(plan.bytes_to_write)}"
+        found.append(("Still to write", size))
+    for encoder, seconds in (plan.seconds or {}).items():
+        found.append((f"Time, {encoder}", "not measured yet" if seconds is None else f"about {duration(seconds)}"))
+    for encoder, count in (plan.to_encode or {}).items():
+        found.append(("Plain facts" if encoder == "none" else f"Samples for {encoder}", f"{count:,}"))
+    if plan.orphans:
+        found.append(("No longer used", f"{plan.orphans:,} records"))
+    if plan.removed:
+        found.append(("No longer in the data", f"{plan.removed:,} samples"))
+    return found

@@ -1,11 +1,178 @@
-"""Page *Train*."""
+"""Page *Train*: all settings, one button for the whole workflow, and the run as it goes."""
 
 from __future__ import annotations
 
-from dittocache.studio.layout import heading
+from pathlib import Path
+
+from nicegui import run, ui
+
+from dittocache.errors import DittocacheError
+from dittocache.jobs.background.stopping import kill_run, stop_run
+from dittocache.jobs.following.view import RunView
+from dittocache.studio.layout import card, heading, problems_list
+from dittocache.studio.memory import memory_words
+from dittocache.studio.parts.chooser import choose
+from dittocache.studio.parts.live_run import LiveRun
+from dittocache.studio.parts.preset_dialog import choose_preset
+from dittocache.studio.parts.settings_form import SettingsForm
+from dittocache.studio.presets import load_file, quick_start, save_file
+from dittocache.studio.run_choice import folder_of_run, run_to_show
+from dittocache.studio.shown import shown
 from dittocache.studio.state import Studio
+from dittocache.studio.training import resume_run, start_training
+
+YAML_ENDINGS = (".yaml", ".yml")
 
 
 def page(studio: Studio) -> None:
-    """Build the page."""
-    heading("Train")
+    """Build the page; `?run=NAME` shows that run."""
+    heading("Train", "One button: check everything, encode what is missing, train the LoRA.")
+    TrainPage(studio, ui.context.client.request.query_params.get("run", ""))
+
+
+class TrainPage:
+    """The button, the run that is shown, the settings."""
+
+    def __init__(self, studio: Studio, asked: str) -> None:
+        self._studio = studio
+        self._asked = asked
+        self._memory_of: dict[str, object] = {}
+        with card():
+            with ui.element("div").classes("line train-line"):
+                with ui.element("div").classes("grow"):
+                    self._what = ui.label().classes("wrap")
+                    self._memory = ui.label().classes("muted small wrap")
+                    self._warning = ui.label().classes("small warn wrap")
+                self._train = ui.button("Train", icon="play_arrow", on_click=self._start)
+                self._train.props("unelevated no-caps size=lg").classes("train-button")
+            self._problems = ui.element("div").classes("stack")
+        self._live = LiveRun(self._controls)
+        with card("Settings"):
+            with ui.element("div").classes("line"):
+                self._action("Quick start", "bolt", self._quick)
+                self._action("Presets", "tune", self._preset)
+                self._action("Load YAML", "upload_file", self._load)
+                self._action("Save YAML", "save", self._save)
+            self._told = ui.label().classes("note pre")
+            self._told.set_visibility(False)
+            self._form = SettingsForm(studio, self._changed)
+        self._changed()
+        ui.timer(0, self._choose_run, once=True)
+        ui.timer(2.0, self._choose_run)
+        ui.timer(1.5, self._estimate)
+
+    def _action(self, label: str, icon: str, handler: object) -> None:
+        ui.button(label, icon=icon, on_click=handler).props("outline dense no-caps").classes("action")
+
+    def _changed(self) -> None:
+        given = self._studio.draft.given
+        model, data = given.get("model.path"), given.get("data.path")
+        missing = [f"choose {what}" for what, value in (("a data set", data), ("a model", model)) if not value]
+        if missing:
+            self._what.set_text(f"First {' and '.join(missing)} on the pages Data and Model.")
+            return
+        folder = folder_of_run(self._studio)
+        where = f"The run is {shown(folder)}." if folder is not None else ""
+        self._what.set_text(f"Trains {shown(model)} on {shown(data)}. {where}")
+
+    async def _choose_run(self) -> None:
+        """Show the run that was asked for, else the one at work, else the draft's own."""
+        found = await run.io_bound(run_to_show, self._studio, self._asked, self._live.run_dir)
+        if found is not None:
+            await self._live.show(found)
+
+    async def _estimate(self) -> None:
+        given = self._studio.draft.given
+        if given == self._memory_of:
+            return
+        self._memory_of = given
+        words = await run.io_bound(memory_words, given)
+        if words is not None:
+            self._memory.set_text(shown(words.text, 1000))
+            self._warning.set_text(shown(words.warning, 500))
+
+    async def _start(self) -> None:
+        self._problems.clear()
+        self._form.check()
+        self._train.disable()
+        try:
+            run_dir = await run.io_bound(start_training, self._studio)
+        except DittocacheError as error:
+            with self._problems:
+                problems_list(error.problems or [str(error)], "The training cannot start yet")
+            return
+        finally:
+            self._train.enable()
+        if run_dir is not None:
+            self._asked = ""
+            await self._live.show(run_dir)
+
+    def _controls(self, run_dir: Path, view: RunView) -> None:
+        """The buttons of the run that is shown."""
+        if view.state == "running":
+            again = view.stop_requests > 0
+            label, icon = ("End at once", "dangerous") if again else ("Stop", "stop")
+            ui.button(label, icon=icon, on_click=lambda: self._stop(run_dir, view.stop_requests)).props(
+                "outline no-caps color=negative"
+            )
+        elif view.state in ("stopped", "failed", "died"):
+            ui.button("Resume", icon="play_arrow", on_click=lambda: self._resume(run_dir)).props("unelevated no-caps")
+
+    async def _stop(self, run_dir: Path, requests: int) -> None:
+        await self._act(kill_run if requests > 1 else stop_run, run_dir)
+
+    async def _resume(self, run_dir: Path) -> None:
+        await self._act(resume_run, self._studio, run_dir)
+
+    async def _act(self, what: object, *arguments: object) -> None:
+        try:
+            await run.io_bound(what, *arguments)
+        except DittocacheError as error:
+            ui.notify(shown(error, 1000), type="negative", multi_line=True)
+
+    async def _quick(self) -> None:
+        try:
+            told = await run.io_bound(quick_start, self._studio)
+        except DittocacheError as error:
+            self._say(str(error))
+            return
+        self._say("\n".join(told or []))
+        self._form.refresh()
+
+    async def _preset(self) -> None:
+        chosen = await choose_preset(self._studio)
+        if chosen is not None:
+            self._say("\n".join((chosen.title, *chosen.notes)))
+            self._form.refresh()
+
+    async def _load(self) -> None:
+        path = await choose(self._studio, "Load settings", endings=YAML_ENDINGS, folders=False)
+        if path is None:
+            return
+        try:
+            load_file(self._studio, path)
+        except DittocacheError as error:
+            self._say(str(error))
+            return
+        self._say(f"These are the settings of {path}")
+        self._form.refresh()
+
+    async def _save(self) -> None:
+        with ui.dialog() as dialog, ui.card():
+            ui.label("Save settings").classes("card-title")
+            name = ui.input("File", value=f"{self._studio.draft.given.get('name') or 'run'}.yaml").classes("mono full")
+            with ui.element("div").classes("line end"):
+                ui.button("Cancel", on_click=lambda: dialog.submit(None)).props("flat no-caps")
+                ui.button("Save", on_click=lambda: dialog.submit(name.value)).props("unelevated no-caps")
+        chosen = await dialog
+        dialog.delete()
+        if not chosen:
+            return
+        try:
+            self._say(f"Saved as {save_file(self._studio, Path(str(chosen)))}")
+        except DittocacheError as error:
+            self._say(str(error))
+
+    def _say(self, text: str) -> None:
+        self._told.set_text("\n".join(shown(line, 1000) for line in text.splitlines()))
+        self._told.set_visibility(bool(text))
