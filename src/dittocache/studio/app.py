@@ -16,7 +16,7 @@ from fastapi.responses import RedirectResponse
 from nicegui import ui
 
 from dittocache.errors import ConfigError
-from dittocache.studio import thumbnails
+from dittocache.studio import report_files, thumbnails
 from dittocache.studio.layout import frame
 from dittocache.studio.pages import cache, data, generate, model, reports, runs, train
 from dittocache.studio.safety import SafetyMiddleware
@@ -48,9 +48,10 @@ def register(studio: Studio) -> None:
     """Add every page and endpoint to NiceGUI's application, of which there is one in a process."""
     server = nicegui.app
     server.add_static_files("/assets", ASSETS)
-    ui.add_head_html('<link rel="stylesheet" href="/assets/studio.css">', shared=True)
+    for sheet in ("studio.css", "results.css"):
+        ui.add_head_html(f'<link rel="stylesheet" href="/assets/{sheet}">', shared=True)
     server.get("/")(lambda: RedirectResponse("/data"))
-    for path, answer in thumbnails.endpoints(studio).items():
+    for path, answer in {**thumbnails.endpoints(studio), **report_files.endpoints(studio)}.items():
         server.get(path)(answer)
     for path, build in PAGES.items():
         ui.page(path)(partial(_framed, studio, path, build))
