@@ -38,8 +38,11 @@ SIZE_MULTIPLE = 16  # pictures are shown here, not trained on: any bucket size w
 
 
 def page(studio: Studio) -> None:
-    """Build the page."""
+    """Build the page; `?source=NAME` chooses the model of that run."""
     heading("Generate", "Make a picture, and see what the caches save and what they change.")
+    request = ui.context.client.request
+    if request is not None and (asked := request.query_params.get("source")):
+        request_of(studio).set("source", asked)
     with ui.element("div").classes("columns"):
         form = _Form(studio)
         with card("Result"):
