@@ -17,7 +17,7 @@ import pytest
 from dittocache.config import RunConfig, check_config, load_config
 from dittocache.errors import StageError
 from dittocache.events import Event, read_events
-from dittocache.jobs import workflow
+from dittocache.jobs import stopper, workflow
 from dittocache.jobs.run_folder import is_locked, run_status
 from dittocache.jobs.stages import TRAIN
 from dittocache.jobs.workflow import StageFailed, WorkflowStopped, run_workflow
@@ -179,7 +179,7 @@ def test_sigterm_ends_it_the_same_way(run: RunConfig, play: Play) -> None:
 def test_a_stage_that_does_not_listen_is_killed_after_a_second_interrupt(
     run: RunConfig, play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workflow, "KILL_AFTER_SECONDS", 0.3)
+    monkeypatch.setattr(stopper, "KILL_AFTER_SECONDS", 0.3)
 
     def interrupt_twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)

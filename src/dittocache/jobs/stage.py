@@ -18,8 +18,12 @@ from pathlib import Path
 from dittocache.errors import ConfigError, DataError, DittocacheError, ModelError
 from dittocache.events import EventLog
 from dittocache.jobs.failures import STOPPED, hint_for
+from dittocache.jobs.process_identity import birth_of
 from dittocache.jobs.run_folder import CONFIG_NAME, EVENTS_NAME
 from dittocache.jobs.stages import STAGES
+
+ORPHAN_SECONDS = 60.0
+"""Time for ending in good order that a stage has when its workflow is gone: for the step under way and a checkpoint."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +54,8 @@ def run_stage(name: str, run_dir: Path, worker: int = 0, after: int | None = Non
     # Of the processes that train together in one folder, the first speaks for all.
     speaks = name != "train" or os.environ.get("RANK", "0") == "0"
     log = EventLog(run_dir / EVENTS_NAME if speaks else Path(os.devnull), name)
-    log.emit("stage_started", pid=os.getpid(), command=[sys.executable, *sys.argv])
+    pid = os.getpid()
+    log.emit("stage_started", pid=pid, birth=birth_of(pid), command=[sys.executable, *sys.argv])
     started = time.monotonic()
     try:
         from dittocache.config import load_config
@@ -78,10 +83,17 @@ def run_stage(name: str, run_dir: Path, worker: int = 0, after: int | None = Non
 
 
 def _stop_when_orphaned(lifeline: int) -> None:
-    """Wait until the workflow's process is gone, then end in good order: a run nobody waits for holds up the next."""
+    """Wait until the workflow's process is gone, then end in good order: a run nobody waits for holds up the next.
+
+    A stage that does not end by itself, because it hangs, takes everything that it has started with it.
+    """
     while os.read(lifeline, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(ORPHAN_SECONDS)
+    if os.getpgrp() == os.getpid():  # the group is ours, as `StageProcess` makes it
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
