@@ -113,7 +113,7 @@ def unused(studio: Studio) -> tuple[Any, str]:
     return found, "" if nothing else found.describe()
 
 
-def remove_unused(studio: Studio, plan: Any, log: EventLog) -> str:
+def remove_unused(studio: Studio, log: EventLog, plan: Any) -> str:
     """Remove what `unused` found, as far as no run has come to use it, and say what was removed."""
     from dittocache.embeddings.store.gc import collect
 

@@ -14,6 +14,7 @@ from dittocache.studio.draft import given_settings
 from dittocache.studio.state import Studio
 
 DEMO_FOLDER = "demo-pictures"
+USUAL_MULTIPLE = 32  # of the Qwen-Image edit families
 TABLE_ENDINGS = (".toml", ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 
 
@@ -31,19 +32,23 @@ def data_settings(studio: Studio) -> DataConfig | None:
     return config
 
 
-def browse_draft(studio: Studio) -> Browsed | None:
-    """Everything in the draft's data set and all that is wrong with it; None where none is chosen yet."""
+def browse_draft(studio: Studio, size_multiple: int) -> Browsed | None:
+    """Everything in the draft's data set and all that is wrong with it; None where none is chosen yet.
+
+    Args:
+        size_multiple: as `size_multiple` says, or said last.
+    """
     try:
         config = data_settings(studio)
         if config is None:
             return None
-        return browse(config, _size_multiple(studio), studio.home / "memory")
+        return browse(config, size_multiple, studio.home / "memory")
     except DittocacheError as error:
         return Browsed(problems=list(error.problems) or [str(error)])
 
 
 def copy_demo(studio: Studio) -> RunConfig:
-    """Put the demo's pictures into the first allowed folder and its settings into the draft.
+    """Put the demo's pictures into the first allowed folder and its settings into the draft; run it on the worker.
 
     Pictures and captions that are there already stay as they are. Raises DataError where the folder cannot be written.
     """
@@ -71,8 +76,11 @@ def set_data(studio: Studio, path: Path) -> None:
     studio.draft.update({"data.path": str(path), "data.sets": None})
 
 
-def _size_multiple(studio: Studio) -> int:
-    """Of the draft's model, where it is known; else the strictest."""
+def size_multiple(studio: Studio) -> int:
+    """Of what the sides of sizes are multiples, in pixels, for the draft's model; the strictest where it is not known.
+
+    Needs torch: run it on the worker.
+    """
     from dittocache.families.registry import get_family
     from dittocache.jobs.inputs import RunInputs
     from dittocache.jobs.quick_start import ANY_FAMILY

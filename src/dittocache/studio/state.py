@@ -15,6 +15,7 @@ from dittocache.config import RunConfig
 from dittocache.studio.access import Access
 from dittocache.studio.draft import Draft
 from dittocache.studio.roots import Roots
+from dittocache.studio.worker import Worker, WorkerProcesses
 
 HOME_NAME = ".dittocache-studio"
 DRAFT_NAME = "draft.json"
@@ -29,11 +30,17 @@ class Studio:
         roots: the folders that may be read and written; relative paths start from the first.
         access: who may reach it, and where it listens.
         memory: what pages keep between visits to be quick; losing it costs time only.
+        worker: where to run what needs torch or takes long: `await studio.worker.run(function, studio)`. There, a
+            Studio has its folders and its draft, and neither memory nor worker.
     """
 
     roots: Roots
     access: Access
     memory: dict[str, Any] = field(default_factory=dict)
+    worker: Worker = field(default_factory=WorkerProcesses)
+
+    def __reduce__(self) -> tuple[type[Studio], tuple[Roots, Access]]:
+        return Studio, (self.roots, self.access)
 
     @property
     def base(self) -> Path:

@@ -10,7 +10,7 @@ from nicegui import run, ui
 from dittocache.errors import DittocacheError
 from dittocache.jobs.background.stopping import kill_run, stop_run
 from dittocache.jobs.following.view import RunView
-from dittocache.studio.background_work import background_work
+from dittocache.studio.background_work import Work, background_work
 from dittocache.studio.cache_care import CachePlan, cache_place, plan_cache, remove_unused, unused, verify
 from dittocache.studio.layout import card, heading, problems_list
 from dittocache.studio.parts.live_run import LiveRun
@@ -72,8 +72,8 @@ class CachePage:
             self._place.set_text(shown(cache_place(self._studio)))
         except DittocacheError as error:
             self._place.set_text(shown(error))
-        plan = await run.io_bound(plan_cache, self._studio)
-        if plan is None:
+        plan = await self._studio.worker.run(plan_cache, self._studio)
+        if self._plan.is_deleted:
             return
         self._encode.set_enabled(bool(plan.misses))
         self._summary.set_text(_summary(plan))
@@ -110,27 +110,21 @@ class CachePage:
         except DittocacheError as error:
             ui.notify(shown(error, 1000), type="negative", multi_line=True)
 
-    def _verify(self) -> None:
-        self._begin("Verifying every record", lambda log: verify(self._studio, log))
+    async def _verify(self) -> None:
+        if not await self._work.do("Verifying every record", verify):
+            _busy()
 
     async def _clean(self) -> None:
         try:
-            found = await run.io_bound(unused, self._studio)
+            plan, words = await self._studio.worker.run(unused, self._studio)
         except DittocacheError as error:
             ui.notify(shown(error, 1000), type="negative", multi_line=True)
             return
-        if found is None:
-            return
-        plan, words = found
         if not words:
             ui.notify("Every record is used by a run, or younger than an hour: nothing to remove")
             return
-        if await _agreed(words):
-            self._begin("Removing unused records", lambda log: remove_unused(self._studio, plan, log))
-
-    def _begin(self, title: str, what: Any) -> None:
-        if self._work.start(title, what) is None:
-            ui.notify("Something is being done with the cache already; wait for its end", type="warning")
+        if await _agreed(words) and not await self._work.do("Removing unused records", remove_unused, plan):
+            _busy()
 
     def _show_work(self) -> None:
         """The same in every tab."""
@@ -139,10 +133,24 @@ class CachePage:
         self._done.set_visibility(work is not None)
         if work is None:
             return
+        work.poll()
         self._progress.set_value(work.done / work.total if work.total else 0)
-        count = f": {work.done:,} of {work.total:,}, {duration(work.eta)} left" if work.total and work.running else ""
+        count = (
+            f": {work.done:,.0f} of {work.total:,.0f}, {duration(work.eta)} left" if work.total and work.running else ""
+        )
         state = f"{work.title}{count} …" if work.running else f"{work.title}: done\n{work.text}"
         self._done.set_text(f"{work.title} failed: {work.problem}" if work.problem else state)
+
+
+def _busy() -> None:
+    ui.notify("Something is being done with the cache already; wait for its end", type="warning")
+
+
+def _work_words(work: Work) -> str:
+    if work.running:
+        count = f": {work.done:,.0f} of {work.total:,.0f}, {duration(work.eta)} left" if work.total else ""
+        return f"{work.title}{count} …"
+    return f"{work.title} failed: {work.problem}" if work.problem else f"{work.title}: done\n{work.text}"
 
 
 async def _agreed(words: str) -> bool:

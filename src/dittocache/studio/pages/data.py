@@ -6,7 +6,7 @@ from nicegui import run, ui
 
 from dittocache.data.browsing import Browsed
 from dittocache.errors import DittocacheError
-from dittocache.studio.data_set import TABLE_ENDINGS, browse_draft, copy_demo, set_data
+from dittocache.studio.data_set import TABLE_ENDINGS, USUAL_MULTIPLE, browse_draft, copy_demo, set_data, size_multiple
 from dittocache.studio.layout import card, heading, problems_list
 from dittocache.studio.parts.chooser import choose
 from dittocache.studio.parts.gallery import Gallery
@@ -55,7 +55,19 @@ class DataPage:
         self._version = self._studio.draft.version
         self._path.set_value(str(self._studio.draft.given.get("data.path") or ""))
         self._summary.set_text("Looking at the files …")
-        found = await run.io_bound(browse_draft, self._studio)
+        known = self._studio.memory.get("size_multiple", USUAL_MULTIPLE)
+        found = await run.io_bound(browse_draft, self._studio, known)
+        if self._findings.is_deleted:
+            return
+        self._show(found)
+        multiple = await self._studio.worker.run(size_multiple, self._studio)
+        if multiple != known:
+            self._studio.memory["size_multiple"] = multiple
+            found = await run.io_bound(browse_draft, self._studio, multiple)
+            if not self._findings.is_deleted:
+                self._show(found)
+
+    def _show(self, found: Browsed | None) -> None:
         self._summary.set_text(_summary(found))
         self._findings.clear()
         with self._findings:
@@ -77,7 +89,7 @@ class DataPage:
 
     async def _demo(self) -> None:
         try:
-            config = await run.io_bound(copy_demo, self._studio)
+            config = await self._studio.worker.run(copy_demo, self._studio)
         except DittocacheError as error:
             ui.notify(shown(error, 500), type="negative")
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nicegui import run, ui
+from nicegui import ui
 
 from dittocache.studio.layout import card, heading, problems_list
 from dittocache.studio.model_check import ModelCheck, check_model, known_families, known_models
@@ -56,15 +56,17 @@ class ModelPage:
 
     async def _begin(self) -> None:
         await self._load()
-        families = await run.io_bound(known_families)
-        if families is not None:
+        families = await self._studio.worker.run(known_families)
+        if not self._family.is_deleted:
             self._showing = True
             self._family.set_options([OWN, *families], value=self._studio.draft.given.get("model.family") or OWN)
             self._showing = False
-        models = await run.io_bound(known_models)
+        models = await self._studio.worker.run(known_models)
+        if self._known.is_deleted:
+            return
         with self._known:
             ui.label("On this machine:").classes("muted small")
-            for model in models or []:
+            for model in models:
                 ui.button(shown(model), on_click=lambda model=model: self._choose(model)).props("outline dense no-caps")
 
     async def _follow(self) -> None:
@@ -83,7 +85,9 @@ class ModelPage:
         self._device.set_value(str(given.get("model.device") or ""))
         self._showing = False
         self._state.set_text("Looking at the checkpoint …")
-        found = await run.io_bound(check_model, self._studio)
+        found = await self._studio.worker.run(check_model, self._studio)
+        if self._findings.is_deleted:
+            return
         self._state.set_text(_summary(found))
         self._findings.clear()
         with self._findings:

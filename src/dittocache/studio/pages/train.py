@@ -86,8 +86,8 @@ class TrainPage:
         if given == self._memory_of:
             return
         self._memory_of = given
-        words = await run.io_bound(memory_words, given)
-        if words is not None:
+        words = await self._studio.worker.run(memory_words, given)
+        if not self._memory.is_deleted:
             self._memory.set_text(shown(words.text, 1000))
             self._warning.set_text(shown(words.warning, 500))
 
@@ -132,11 +132,11 @@ class TrainPage:
 
     async def _quick(self) -> None:
         try:
-            told = await run.io_bound(quick_start, self._studio)
+            told = await self._studio.worker.run(quick_start, self._studio)
         except DittocacheError as error:
             self._say(str(error))
             return
-        self._say("\n".join(told or []))
+        self._say("\n".join(told))
         self._form.refresh()
 
     async def _preset(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nicegui import run, ui
+from nicegui import ui
 
 from dittocache.config import check_config
 from dittocache.errors import DittocacheError
@@ -51,7 +51,7 @@ class _PresetDialog:
         if "data.path" not in given or "model.path" not in given:
             return
         for preset in presets():
-            total = await run.io_bound(_estimate, preset, given)
+            total = await self._studio.worker.run(_estimate, preset, given)
             if self.dialog.is_deleted:
                 return
             if total is not None:
