@@ -53,6 +53,8 @@ def register(studio: Studio) -> None:
     server.get("/")(lambda: RedirectResponse("/data"))
     for path, answer in {**thumbnails.endpoints(studio), **report_files.endpoints(studio)}.items():
         server.get(path)(answer)
+    server.on_startup(studio.worker.warm)
+    server.on_shutdown(studio.worker.close)
     for path, build in PAGES.items():
         ui.page(path)(partial(_framed, studio, path, build))
 
