@@ -1,77 +1,54 @@
-"""Every run there is, for page *Runs*: how it stands, how long it took, its losses; and how one is deleted."""
+"""What page *Runs* does with the folders of runs, inside the Studio's own only."""
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 from dittocache.errors import AccessError
-from dittocache.jobs.following.follower import RunFollower
-from dittocache.jobs.run_folder import EVENTS_NAME, LORA_NAME, REPORT_NAME, State, held_folder
+from dittocache.jobs.following import history
+from dittocache.jobs.following.history import RunSummary, compare_losses
+from dittocache.jobs.run_folder import LORA_NAME, REPORT_NAME
 from dittocache.studio.state import Studio
 
+CAN_GO_ON = frozenset({"stopped", "failed", "died"})
+"""States of runs that resuming makes sense for."""
 
-@dataclass(frozen=True)
-class PastRun:
-    """One run.
-
-    Attributes:
-        state, detail: as in `RunView`.
-        stage: title of the stage at work, or that began last; empty before any has.
-        started: seconds since the epoch; None before it has.
-        seconds: from its start to its last event.
-        losses: (step, loss) in the order of steps.
-        has_lora, has_report: whether they are there.
-    """
-
-    run_dir: Path
-    state: State
-    detail: str
-    stage: str
-    started: float | None
-    seconds: float
-    losses: tuple[tuple[int, float], ...]
-    has_lora: bool
-    has_report: bool
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        return self.run_dir.name
-
-    @property
-    def can_go_on(self) -> bool:
-        """Whether resuming it makes sense."""
-        return self.state in ("stopped", "failed", "died")
+Curves = dict[str, tuple[tuple[int, float], ...]]
 
 
-class RunHistory:
-    """Follows all runs of the Studio; what was read of a run is not read again."""
+class LossCurves:
+    """Loss curves of chosen runs; those that did not change are not read again."""
 
-    def __init__(self, studio: Studio) -> None:
-        self._studio = studio
-        self._followers: dict[Path, RunFollower] = {}
+    def __init__(self) -> None:
+        self._known: dict[Path, tuple[object, Curves]] = {}
 
-    def look(self) -> list[PastRun]:
-        """All runs, those started last first; raises AccessError where they are outside all roots."""
-        folders = [file.parent for file in self._studio.runs_dir.glob(f"*/{EVENTS_NAME}")]
-        self._followers = {folder: self._followers.get(folder) or RunFollower(folder) for folder in folders}
-        runs = [_past_run(follower) for follower in self._followers.values()]
-        return sorted(runs, key=lambda one: (-(one.started or 0.0), one.name))
+    def of(self, runs: list[RunSummary]) -> Curves:
+        """Run name -> (step, loss) points; runs without losses are left out."""
+        found: Curves = {}
+        for run in runs:
+            mark = (run.started, run.step, run.loss)
+            known = self._known.get(run.run_dir)
+            if known is None or known[0] != mark:
+                known = self._known[run.run_dir] = (mark, compare_losses([run.run_dir]))
+            found |= known[1]
+        return found
+
+
+def all_runs(studio: Studio) -> list[RunSummary]:
+    """Those that were started last first; raises AccessError where the folder of runs is outside all roots."""
+    return history.list_runs(studio.runs_dir)
 
 
 def delete_run(studio: Studio, name: str) -> None:
-    """Delete a run's folder with everything in it. What it cached stays, for others and for garbage collection.
+    """Delete a run's folder for good. What it cached stays, for others and for garbage collection.
 
-    Raises AccessError for what is no run of this Studio, StageError while a process works in it.
+    Raises AccessError for a name that leads out of the folder of runs, StageError for a run at work, or none at all.
     """
     runs = studio.runs_dir
     folder = studio.path(runs / name)
-    if folder.parent != runs or not (folder / EVENTS_NAME).is_file():
+    if folder.parent != runs:
         raise AccessError(f"{name!r} is no run in {runs}; nothing was deleted")
-    with held_folder(folder, wait_seconds=0.0):
-        shutil.rmtree(folder)
+    history.delete_run(folder)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -79,19 +56,6 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _past_run(follower: RunFollower) -> PastRun:
-    follower.poll()
-    view = follower.view()
-    stage, run_dir = view.stage, follower.run_dir
-    seconds = (view.updated or 0.0) - (view.started or 0.0)
-    return PastRun(
-        run_dir=run_dir,
-        state=view.state,
-        detail=view.detail,
-        stage=stage.title if stage is not None else "",
-        started=view.started,
-        seconds=max(0.0, seconds),
-        losses=view.losses,
-        has_lora=(run_dir / LORA_NAME).is_dir(),
-        has_report=(run_dir / REPORT_NAME).is_file(),
-    )
+def leads(run: RunSummary) -> tuple[bool, bool]:
+    """Whether the run has a LoRA, and a report."""
+    return (run.run_dir / LORA_NAME).is_dir(), (run.run_dir / REPORT_NAME).is_file()

@@ -9,10 +9,13 @@ from urllib.parse import urlencode
 from nicegui import run, ui
 
 from dittocache.errors import DittocacheError
+from dittocache.jobs.following.history import RunSummary
+from dittocache.jobs.stages import STAGES
 from dittocache.studio.layout import card, heading, problems_list
+from dittocache.studio.parts.gallery import small_picture
 from dittocache.studio.parts.live_run import STATES
 from dittocache.studio.parts.loss_comparison import LossComparison
-from dittocache.studio.run_history import PastRun, RunHistory, delete_run, folder_bytes
+from dittocache.studio.run_history import CAN_GO_ON, Curves, LossCurves, all_runs, delete_run, folder_bytes, leads
 from dittocache.studio.shown import shown
 from dittocache.studio.state import Studio
 from dittocache.studio.training import resume_run
@@ -32,8 +35,9 @@ class _Runs:
 
     def __init__(self, studio: Studio) -> None:
         self._studio = studio
-        self._history = RunHistory(studio)
-        self._runs: list[PastRun] | None = None
+        self._curves = LossCurves()
+        self._drawn: Curves = {}
+        self._runs: list[RunSummary] | None = None
         self._compared: set[str] | None = None
         self._looking = False
         self._facts: dict[str, ui.label] = {}
@@ -52,23 +56,23 @@ class _Runs:
             return
         self._looking = True
         try:
-            found = await run.io_bound(self._history.look)
+            found = await run.io_bound(all_runs, self._studio)
         except (DittocacheError, OSError) as error:
             self._show_problem(str(error))
             return
         finally:
             self._looking = False
-        if found is None or found == self._runs:
+        if found is None or self._entries.is_deleted or found == self._runs:
             return
         changed = _kept(found) != _kept(self._runs)
         self._runs = found
         if self._compared is None:
-            self._compared = {one.name for one in [one for one in found if one.losses][:COMPARED_AT_FIRST]}
-        if changed:  # else an open menu would close under the pointer whenever a run takes a step
+            self._compared = {one.name for one in [one for one in found if one.step][:COMPARED_AT_FIRST]}
+        if changed:  # else a button would vanish under the pointer whenever a run takes a step
             self._list(found)
         for one in found:
             self._facts[one.name].set_text(_facts(one))
-        self._compare()
+        await self._compare()
 
     def _show_problem(self, problem: str) -> None:
         self._runs = None
@@ -76,7 +80,7 @@ class _Runs:
         with self._entries:
             problems_list([problem], "The runs cannot be read")
 
-    def _list(self, runs: list[PastRun]) -> None:
+    def _list(self, runs: list[RunSummary]) -> None:
         self._entries.clear()
         self._facts.clear()
         with self._entries:
@@ -85,13 +89,13 @@ class _Runs:
             for one in runs:
                 self._entry(one)
 
-    def _entry(self, one: PastRun) -> None:
+    def _entry(self, one: RunSummary) -> None:
         name = shown(one.name)
         with ui.element("div").classes("entry") as entry:
             entry.props["data-run"] = name
             box = ui.checkbox(value=one.name in (self._compared or ()), on_change=lambda event: self._tick(one, event))
             box.props["aria-label"] = f"Compare the losses of {name}"
-            box.set_enabled(bool(one.losses))
+            box.set_enabled(bool(one.step))
             with ui.element("div").classes("grow"):
                 with ui.element("div").classes("line"):
                     _link(name, "/train", {"run": one.name}).classes("entry-name")
@@ -100,32 +104,42 @@ class _Runs:
                 if one.detail:
                     ui.label(shown(one.detail, 300)).classes("bad small wrap")
                 ui.label(shown(one.run_dir, 400)).classes("muted mono small wrap")
+            if one.samples:
+                with ui.element("div").classes("entry-pictures"):
+                    for picture in one.samples:
+                        small_picture(picture, 96)
             self._actions(one)
 
-    def _actions(self, one: PastRun) -> None:
+    def _actions(self, one: RunSummary) -> None:
         name = shown(one.name)
-        if one.can_go_on:
+        has_lora, has_report = leads(one)
+        if one.state in CAN_GO_ON:
             _button("Resume", "play_arrow", lambda: self._resume(one), name)
-        if one.has_lora:
+        if has_lora:
             _link("Use it", "/generate", {"source": one.name}).props(f'aria-label="Make pictures with {name}"')
-        if one.has_report:
+        if has_report:
             _link("Report", "/reports", {"open": one.name}).props(f'aria-label="Report of {name}"')
         _button("Copy path", "content_copy", lambda: self._copy(one), name)
         if one.state != "running":
             _button("Delete", "delete", lambda: self._delete(one), name)
 
-    def _tick(self, one: PastRun, event: Any) -> None:
+    async def _tick(self, one: RunSummary, event: Any) -> None:
         if self._compared is None:
             return
         (self._compared.add if event.value else self._compared.discard)(one.name)
-        self._compare()
+        await self._compare()
 
-    def _compare(self) -> None:
-        chosen = [one for one in self._runs or () if one.name in (self._compared or ())]
-        self._chart_card.set_visibility(any(one.losses for one in self._runs or ()))
-        self._chart.show(chosen)
+    async def _compare(self) -> None:
+        runs = self._runs or []
+        chosen = [one for one in runs if one.name in (self._compared or ())]
+        curves = await run.io_bound(self._curves.of, chosen)
+        if curves is None or self._entries.is_deleted or curves == self._drawn:
+            return
+        self._drawn = curves
+        self._chart_card.set_visibility(any(one.step for one in runs))
+        self._chart.show(curves)
 
-    async def _resume(self, one: PastRun) -> None:
+    async def _resume(self, one: RunSummary) -> None:
         try:
             await run.io_bound(resume_run, self._studio, one.run_dir)
         except DittocacheError as error:
@@ -133,17 +147,17 @@ class _Runs:
             return
         ui.navigate.to("/train?" + urlencode({"run": one.name}))
 
-    def _copy(self, one: PastRun) -> None:
+    def _copy(self, one: RunSummary) -> None:
         ui.clipboard.write(str(one.run_dir))
         ui.notify(f"Copied: {shown(one.run_dir)}")
 
-    async def _delete(self, one: PastRun) -> None:
+    async def _delete(self, one: RunSummary) -> None:
         size = await run.io_bound(folder_bytes, one.run_dir)
         with ui.dialog() as dialog, ui.card():
             ui.label(f"Delete {shown(one.name)}?").classes("card-title")
             ui.label(
                 f"Its folder with {byte_count(size or 0)} goes for good: settings, log, checkpoints, pictures"
-                + (", the LoRA." if one.has_lora else ".")
+                + (", the LoRA." if leads(one)[0] else ".")
             )
             ui.label("Cached embeddings stay; page Cache removes what no run uses any more.").classes("muted small")
             with ui.element("div").classes("line end"):
@@ -162,22 +176,23 @@ class _Runs:
         await self._look()
 
 
-def _facts(one: PastRun) -> str:
+def _facts(one: RunSummary) -> str:
     """When, how long, how far, in a line."""
     words = [] if one.started is None else [moment(one.started), duration(one.seconds)]
-    if one.state == "running" and one.stage:
-        words.append(one.stage)
-    if one.losses:
-        step, loss = one.losses[-1]
-        words.append(f"loss {loss:.4f} at step {step:,}")
+    if one.state == "running" and one.stage in STAGES:
+        words.append(STAGES[one.stage].title)
+    if one.step is not None:
+        words.append(f"step {one.step:,}" + (f" of {one.steps:,}" if one.steps else ""))
+    if one.loss is not None:
+        words.append(f"loss {one.loss:.4f}")
     return " · ".join(words)
 
 
-def _kept(runs: list[PastRun] | None) -> list[tuple[object, ...]] | None:
+def _kept(runs: list[RunSummary] | None) -> list[tuple[object, ...]] | None:
     """What the list is built from; the line of facts is changed in place."""
     if runs is None:
         return None
-    return [(one.name, one.state, one.detail, one.has_lora, one.has_report, bool(one.losses)) for one in runs]
+    return [(one.name, one.state, one.detail, bool(one.step), one.samples, *leads(one)) for one in runs]
 
 
 def _button(label: str, icon: str, handler: Callable[[], Any], name: str) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from nicegui import ui
 
 from dittocache.quality.loss_curve import smoothed, smoothing_window
 from dittocache.studio.parts.loss_chart import GREY
-from dittocache.studio.run_history import PastRun
+from dittocache.studio.run_history import Curves
 from dittocache.studio.shown import shown
 
 # Seven of the Okabe-Ito colours, which colour-blind eyes tell apart; light enough for both themes.
@@ -21,19 +20,18 @@ class LossComparison:
     """A chart that is hidden until a run with losses is chosen."""
 
     def __init__(self) -> None:
-        self._chart = ui.echart(_options([])).classes("chart").props('role=img aria-label="Loss curves of runs"')
+        self._chart = ui.echart(_options({})).classes("chart").props('role=img aria-label="Loss curves of runs"')
         self._chart.set_visibility(False)
 
-    def show(self, runs: Sequence[PastRun]) -> None:
-        """Draw the moving averages of these runs' losses."""
-        runs = [run for run in runs if run.losses]
-        self._chart.set_visibility(bool(runs))
+    def show(self, curves: Curves) -> None:
+        """Draw the moving averages of these losses, one line a run."""
+        self._chart.set_visibility(bool(curves))
         self._chart.options.clear()
-        self._chart.options.update(_options(runs))
+        self._chart.options.update(_options(curves))
         self._chart.update()
 
 
-def _options(runs: Sequence[PastRun]) -> dict[str, Any]:
+def _options(curves: Curves) -> dict[str, Any]:
     axis = {
         "nameTextStyle": {"color": GREY},
         "axisLabel": {"color": GREY},
@@ -47,18 +45,18 @@ def _options(runs: Sequence[PastRun]) -> dict[str, Any]:
         "tooltip": {"trigger": "axis", "renderMode": "richText"},
         "xAxis": {"type": "value", "name": "step", "nameLocation": "middle", "nameGap": 24, "min": "dataMin", **axis},
         "yAxis": {"type": "value", "scale": True, **axis},
-        "series": [_series(number, run) for number, run in enumerate(runs)],
+        "series": [_series(number, name, points) for number, (name, points) in enumerate(curves.items())],
     }
 
 
-def _series(number: int, run: PastRun) -> dict[str, Any]:
+def _series(number: int, name: str, points: tuple[tuple[int, float], ...]) -> dict[str, Any]:
     colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
-    averages = smoothed([loss for _, loss in run.losses], smoothing_window(len(run.losses))).tolist()
+    averages = smoothed([loss for _, loss in points], smoothing_window(len(points))).tolist()
     return {
         "type": "line",
-        "name": shown(run.name, 60),
-        "showSymbol": len(run.losses) < 2,
+        "name": shown(name, 60),
+        "showSymbol": len(points) < 2,
         "lineStyle": {"width": 2, "type": dash, "color": colour},
         "itemStyle": {"color": colour},
-        "data": [[step, average] for (step, _), average in zip(run.losses, averages, strict=True)],
+        "data": [[step, average] for (step, _), average in zip(points, averages, strict=True)],
     }
