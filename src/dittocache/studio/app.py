@@ -39,6 +39,8 @@ def create_app(studio: Studio) -> FastAPI:
     """The Studio as an application of its own: nothing is served that `SafetyMiddleware` has not let through."""
     application = FastAPI(openapi_url=None)
     register(studio)
+    nicegui.app.on_startup(studio.worker.warm)
+    nicegui.app.on_shutdown(studio.worker.close)
     ui.run_with(application, title="dittocache Studio", dark=None, tailwind=False, show_welcome_message=False)
     application.add_middleware(SafetyMiddleware, access=studio.access)
     return application
@@ -53,8 +55,6 @@ def register(studio: Studio) -> None:
     server.get("/")(lambda: RedirectResponse("/data"))
     for path, answer in {**thumbnails.endpoints(studio), **report_files.endpoints(studio)}.items():
         server.get(path)(answer)
-    server.on_startup(studio.worker.warm)
-    server.on_shutdown(studio.worker.close)
     for path, build in PAGES.items():
         ui.page(path)(partial(_framed, studio, path, build))
 

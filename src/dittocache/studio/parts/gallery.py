@@ -67,7 +67,7 @@ class Gallery:
 
     def _tile(self, number: int, item: Item) -> None:
         with ui.element("button").classes("tile").on("click", lambda: self._viewer.open(self._found, number)) as tile:
-            tile.props["aria-label"] = f"Open {shown(item.name)}"
+            tile.mark(f"sample-{number}").props["aria-label"] = f"Open {shown(item.name)}"
             with ui.element("div").classes("tile-pictures"):
                 small_picture(item.target, 256, "tile-target")
                 with ui.element("div").classes("tile-controls"):
