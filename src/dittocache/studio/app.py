@@ -21,6 +21,7 @@ from dittocache.studio.layout import frame
 from dittocache.studio.pages import cache, data, generate, model, reports, runs, train
 from dittocache.studio.safety import SafetyMiddleware
 from dittocache.studio.state import Studio
+from dittocache.studio.training import serve_line
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -40,6 +41,7 @@ def create_app(studio: Studio) -> FastAPI:
     application = FastAPI(openapi_url=None)
     register(studio)
     nicegui.app.on_startup(studio.worker.warm)
+    nicegui.app.on_startup(serve_line)
     nicegui.app.on_shutdown(studio.worker.close)
     ui.run_with(application, title="dittocache Studio", dark=None, tailwind=False, show_welcome_message=False)
     application.add_middleware(SafetyMiddleware, access=studio.access)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from nicegui import ui
 
+from dittocache.errors import DittocacheError
 from dittocache.studio.shown import shown
 from dittocache.studio.state import Studio
 
@@ -86,6 +87,15 @@ def problems_list(problems: Sequence[str], title: str) -> None:
             for problem in problems:
                 with ui.element("li"):
                     ui.label(shown(problem, limit=2000))
+
+
+@contextmanager
+def telling_errors() -> Iterator[None]:
+    """Show what the block raises as a notification."""
+    try:
+        yield
+    except DittocacheError as error:
+        ui.notify(shown(error, 1000), type="negative", multi_line=True, close_button=True)
 
 
 def _navigation(here: Place) -> None:

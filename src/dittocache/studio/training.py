@@ -1,31 +1,33 @@
-"""Starts and stops the draft's training, and lets one that ended go on."""
+"""Puts the draft's training in line, lets one that ended go on, and tells what waits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dittocache.config import BUNDLED, RunConfig, load_config
 from dittocache.data.listed.kinds import kind_of
-from dittocache.errors import AccessError, ConfigError
-from dittocache.jobs.background.starting import start_run
-from dittocache.jobs.run_folder import CONFIG_NAME
+from dittocache.errors import AccessError, ConfigError, StageError
+from dittocache.jobs.queue.folder import Queue, QueueEntry
+from dittocache.jobs.queue.runner import ensure_runner
+from dittocache.jobs.run_folder import CONFIG_NAME, EVENTS_NAME, is_locked
 from dittocache.jobs.stages import CACHE, TRAIN
 from dittocache.settings import Settings
 from dittocache.studio.state import Studio
 
 
 def start_training(studio: Studio) -> Path:
-    """Start the workflow of the draft and return the run's folder.
+    """Put the workflow of the draft at the end of the line, which begins at once where its device is free.
 
-    Raises ConfigError listing every problem with the settings, StageError where a run is at work in that folder.
+    Returns the run's folder, which may not be there yet. Raises ConfigError listing every problem with the settings,
+    StageError where the run of that folder is at work or waits already. Needs torch: run it on the worker.
     """
-    return _start(studio, checked_config(studio))
+    return _line_up(_with_training(checked_config(studio)))
 
 
 def start_caching(studio: Studio) -> Path:
     """Start only what comes before the training: check and encode what is missing; raises as `start_training`."""
-    return start_run(checked_config(studio), CACHE, cwd=studio.base)
+    return _line_up((checked_config(studio), CACHE))
 
 
 def resume_run(studio: Studio, run_dir: Path) -> Path:
@@ -34,7 +36,22 @@ def resume_run(studio: Studio, run_dir: Path) -> Path:
     problems = outside_problems(studio, config)
     if problems:
         raise ConfigError(f"{run_dir} cannot go on in this Studio", problems)
-    return _start(studio, config)
+    return _line_up(_with_training(config))
+
+
+def waiting_jobs() -> list[QueueEntry]:
+    """What waits in line on this machine, whoever put it there, and what could not be started, in order."""
+    return [one for one in Queue().entries() if one.state == "waiting" or _never_began(one)]
+
+
+def leave_line(number: int) -> None:
+    """Take a job out of the line; raises StageError where it runs by now."""
+    Queue().remove(number)
+
+
+def serve_line() -> None:
+    """Have what waits started, also what waited when this machine was last switched off."""
+    ensure_runner(Queue())
 
 
 def checked_config(studio: Studio) -> RunConfig:
@@ -57,8 +74,25 @@ def outside_problems(studio: Studio, config: RunConfig) -> list[str]:
     return problems
 
 
-def _start(studio: Studio, config: RunConfig) -> Path:
-    return start_run(config, TRAIN if config.cache.use_cache else ("validate", "train"), cwd=studio.base)
+def _with_training(config: RunConfig) -> tuple[RunConfig, Sequence[str]]:
+    return config, TRAIN if config.cache.use_cache else ("validate", "train")
+
+
+def _line_up(job: tuple[RunConfig, Sequence[str]]) -> Path:
+    config, stages = job
+    queue = Queue()
+    run_dir = config.run_dir.absolute()
+    at_work = is_locked(run_dir)
+    if at_work or any(one.job.run_dir == run_dir for one in queue.entries() if one.state in ("waiting", "running")):
+        state = "is at work" if at_work else "waits in line"
+        raise StageError(f"the run {run_dir.name} {state} already; wait for its end, or give this one another name")
+    added = queue.add(config, stages)
+    ensure_runner(queue)
+    return added.run_dir
+
+
+def _never_began(entry: QueueEntry) -> bool:
+    return entry.state == "failed" and not (entry.job.run_dir / EVENTS_NAME).exists()
 
 
 def _places(config: RunConfig) -> Iterator[tuple[str, Path]]:

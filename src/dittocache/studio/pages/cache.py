@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from nicegui import run, ui
 
 from dittocache.errors import DittocacheError
-from dittocache.jobs.background.stopping import kill_run, stop_run
 from dittocache.jobs.following.view import RunView
 from dittocache.studio.background_work import Work, background_work
 from dittocache.studio.cache_care import CachePlan, cache_place, plan_cache, remove_unused, unused, verify
-from dittocache.studio.layout import card, heading, problems_list
+from dittocache.studio.layout import card, heading, problems_list, telling_errors
 from dittocache.studio.parts.live_run import LiveRun
+from dittocache.studio.parts.stop_button import stop_button
 from dittocache.studio.parts.tables import numbers, row, table
 from dittocache.studio.run_choice import run_to_show
 from dittocache.studio.shown import shown
 from dittocache.studio.state import Studio
-from dittocache.studio.training import resume_run, start_caching
+from dittocache.studio.training import start_caching
 from dittocache.studio.words import byte_count, duration
 
 
@@ -82,43 +81,24 @@ class CachePage:
             _show_plan(plan)
 
     async def _start(self) -> None:
-        try:
-            run_dir = await run.io_bound(start_caching, self._studio)
-        except DittocacheError as error:
-            ui.notify(shown(error, 1000), type="negative", multi_line=True)
-            return
-        if run_dir is not None:
-            await self._live.show(run_dir)
+        with telling_errors():
+            await self._live.show(await self._studio.worker.run(start_caching, self._studio))
 
     def _controls(self, run_dir: Path, view: RunView) -> None:
         if view.state == "running":
-            again = view.stop_requests > 0
-            end = kill_run if view.stop_requests > 1 else stop_run
-            ui.button("End at once" if again else "Stop", icon="stop", on_click=lambda: self._act(end, run_dir)).props(
-                "outline no-caps color=negative"
-            )
-        elif view.state in ("stopped", "failed", "died"):
-            ui.button("Resume", on_click=lambda: self._act(resume_run, self._studio, run_dir)).props(
-                "unelevated no-caps"
-            )
+            stop_button(run_dir, view)
         elif view.state == "finished":
             ui.timer(0, self._load, once=True)  # what was encoded is in the plan now
-
-    async def _act(self, what: Any, *arguments: object) -> None:
-        try:
-            await run.io_bound(what, *arguments)
-        except DittocacheError as error:
-            ui.notify(shown(error, 1000), type="negative", multi_line=True)
 
     async def _verify(self) -> None:
         if not await self._work.do("Verifying every record", verify):
             _busy()
 
     async def _clean(self) -> None:
-        try:
+        plan, words = None, ""
+        with telling_errors():
             plan, words = await self._studio.worker.run(unused, self._studio)
-        except DittocacheError as error:
-            ui.notify(shown(error, 1000), type="negative", multi_line=True)
+        if plan is None:
             return
         if not words:
             ui.notify("Every record is used by a run, or younger than an hour: nothing to remove")
@@ -135,11 +115,7 @@ class CachePage:
             return
         work.poll()
         self._progress.set_value(work.done / work.total if work.total else 0)
-        count = (
-            f": {work.done:,.0f} of {work.total:,.0f}, {duration(work.eta)} left" if work.total and work.running else ""
-        )
-        state = f"{work.title}{count} …" if work.running else f"{work.title}: done\n{work.text}"
-        self._done.set_text(f"{work.title} failed: {work.problem}" if work.problem else state)
+        self._done.set_text(_work_words(work))
 
 
 def _busy() -> None:

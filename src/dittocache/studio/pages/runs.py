@@ -141,7 +141,7 @@ class _Runs:
 
     async def _resume(self, one: RunSummary) -> None:
         try:
-            await run.io_bound(resume_run, self._studio, one.run_dir)
+            await self._studio.worker.run(resume_run, self._studio, one.run_dir)
         except DittocacheError as error:
             ui.notify(shown(error, 1000), type="negative", multi_line=True)
             return

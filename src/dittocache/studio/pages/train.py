@@ -7,14 +7,15 @@ from pathlib import Path
 from nicegui import run, ui
 
 from dittocache.errors import DittocacheError
-from dittocache.jobs.background.stopping import kill_run, stop_run
 from dittocache.jobs.following.view import RunView
-from dittocache.studio.layout import card, heading, problems_list
+from dittocache.studio.layout import card, heading, problems_list, telling_errors
 from dittocache.studio.memory import memory_words
 from dittocache.studio.parts.chooser import choose
 from dittocache.studio.parts.live_run import LiveRun
 from dittocache.studio.parts.preset_dialog import choose_preset
 from dittocache.studio.parts.settings_form import SettingsForm
+from dittocache.studio.parts.stop_button import stop_button
+from dittocache.studio.parts.waiting_line import WaitingLine
 from dittocache.studio.presets import load_file, quick_start, save_file
 from dittocache.studio.run_choice import folder_of_run, run_to_show
 from dittocache.studio.shown import shown
@@ -46,6 +47,7 @@ class TrainPage:
                 self._train = ui.button("Train", icon="play_arrow", on_click=self._start)
                 self._train.props("unelevated no-caps size=lg").classes("train-button")
             self._problems = ui.element("div").classes("stack")
+        self._line = WaitingLine()
         self._live = LiveRun(self._controls)
         with card("Settings"):
             with ui.element("div").classes("line"):
@@ -96,39 +98,27 @@ class TrainPage:
         self._form.check()
         self._train.disable()
         try:
-            run_dir = await run.io_bound(start_training, self._studio)
+            run_dir = await self._studio.worker.run(start_training, self._studio)
         except DittocacheError as error:
             with self._problems:
                 problems_list(error.problems or [str(error)], "The training cannot start yet")
             return
         finally:
             self._train.enable()
-        if run_dir is not None:
-            self._asked = ""
-            await self._live.show(run_dir)
+        self._asked = ""
+        await self._live.show(run_dir)
+        await self._line.poll()
 
     def _controls(self, run_dir: Path, view: RunView) -> None:
         """The buttons of the run that is shown."""
         if view.state == "running":
-            again = view.stop_requests > 0
-            label, icon = ("End at once", "dangerous") if again else ("Stop", "stop")
-            ui.button(label, icon=icon, on_click=lambda: self._stop(run_dir, view.stop_requests)).props(
-                "outline no-caps color=negative"
-            )
+            stop_button(run_dir, view)
         elif view.state in ("stopped", "failed", "died"):
             ui.button("Resume", icon="play_arrow", on_click=lambda: self._resume(run_dir)).props("unelevated no-caps")
 
-    async def _stop(self, run_dir: Path, requests: int) -> None:
-        await self._act(kill_run if requests > 1 else stop_run, run_dir)
-
     async def _resume(self, run_dir: Path) -> None:
-        await self._act(resume_run, self._studio, run_dir)
-
-    async def _act(self, what: object, *arguments: object) -> None:
-        try:
-            await run.io_bound(what, *arguments)
-        except DittocacheError as error:
-            ui.notify(shown(error, 1000), type="negative", multi_line=True)
+        with telling_errors():
+            await self._studio.worker.run(resume_run, self._studio, run_dir)
 
     async def _quick(self) -> None:
         try:

@@ -21,7 +21,7 @@ POLL_SECONDS = 1.0
 LOG_LINES = 200
 
 STATES = {
-    "new": ("Not started", "muted"),
+    "new": ("Waiting to begin", "muted"),
     "running": ("Running", "accent"),
     "finished": ("Finished", "good"),
     "stopped": ("Stopped", "warn"),
