@@ -11,6 +11,7 @@ from rich.console import Console
 from dittocache import __version__
 from dittocache.cli.cache import cache_app, plan
 from dittocache.cli.quality import add_quality_commands
+from dittocache.cli.queue import queue_app
 from dittocache.cli.shared import (
     DataPath,
     ModelPath,
@@ -61,6 +62,7 @@ def demo(*settings: Overrides) -> None:
 
 
 app.command(cache_app)
+app.command(queue_app)
 app.command(plan, help_epilogue=settings_help())
 add_quality_commands(app)
 app.command(studio)

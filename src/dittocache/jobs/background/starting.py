@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +27,7 @@ def start_run(
     typed: str = "",
     cwd: Path | None = None,
     job: str = "",
+    environment: Mapping[str, str] | None = None,
     python: str = sys.executable,
 ) -> Path:
     """Start `stages` in the background and return the run's folder at once, absolute.
@@ -35,6 +36,7 @@ def start_run(
         typed: what a user would type to do the same, for the report.
         cwd: where the settings' relative paths start from; the working directory where None.
         job: its name in a queue, kept in the run's first event.
+        environment: variables of the run besides those of this process.
         python: interpreter of the workflow and of its stages.
 
     The folder is held from here on without a gap, so a second start is refused and `run_status` says `running`.
@@ -56,7 +58,7 @@ def start_run(
                     stdin=settings,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    env=without_rank(os.environ),
+                    env={**without_rank(os.environ), **(environment or {})},
                     pass_fds=[lock],
                     start_new_session=True,  # neither a closed terminal nor its Ctrl-C reaches it
                 )
