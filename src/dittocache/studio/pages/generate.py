@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nicegui import events, run, ui
 
-from dittocache.data.browsing import Browsed, browse
 from dittocache.data.pictures import ENDINGS
-from dittocache.errors import AccessError, ConfigError, DittocacheError
+from dittocache.errors import ConfigError, DittocacheError
 from dittocache.jobs.background.starting import start_run
+from dittocache.studio.examples import UPLOADS_NAME, pick_example
 from dittocache.studio.layout import card, heading, problems_list
 from dittocache.studio.parts.chooser import choose
 from dittocache.studio.parts.made_pictures import MadePictures
@@ -22,7 +21,6 @@ from dittocache.studio.picture_request import (
     GATES,
     STAGES,
     chosen_source,
-    has_open_data,
     request_of,
     requested_config,
     source_config,
@@ -32,9 +30,6 @@ from dittocache.studio.shown import shown
 from dittocache.studio.state import Studio
 from dittocache.studio.thumbnails import thumbnail_url
 from dittocache.studio.uploads import MAX_UPLOAD_BYTES, keep_picture
-
-UPLOADS_NAME = "uploads"
-SIZE_MULTIPLE = 16  # pictures are shown here, not trained on: any bucket size will do
 
 
 def page(studio: Studio) -> None:
@@ -57,7 +52,6 @@ class _Form:
         self._studio = studio
         self._request = request_of(studio)
         self._version = self._request.version
-        self._browsed: Browsed | None = None
         self.started: Callable[[Path], None] = lambda run_dir: None
         with card():
             self._parts = ui.element("div").classes("stack")
@@ -215,15 +209,14 @@ class _Form:
     async def _example(self) -> None:
         """Ask for an edit that the model was not trained on, where a set is held out; else one of the data set."""
         try:
-            if self._browsed is None:
-                self._browsed = await run.io_bound(_examples, self._studio, self._request.given)
-            item = self._browsed.item(random.randrange(len(self._browsed)))
-        except (DittocacheError, ValueError) as error:
-            said = str(error) if isinstance(error, DittocacheError) else "choose a data set on page Data first"
-            ui.notify(f"There is none to take: {shown(said, 500)}", type="warning")
+            example = await self._studio.worker.run(pick_example, self._studio, self._request.given)
+        except (DittocacheError, OSError) as error:
+            ui.notify(f"There is none to take: {shown(error, 500)}", type="warning", multi_line=True)
             return
-        self._request.update({"generate.prompt": item.caption, "generate.image": [str(one) for one in item.controls]})
-        self._build()
+        images = [str(image) for image in example.images]
+        self._request.update({"generate.prompt": example.prompt, "generate.image": images})
+        if not self._parts.is_deleted:
+            self._build()
 
     async def _start(self) -> None:
         self._problems.clear()
@@ -236,14 +229,6 @@ class _Form:
                 problems_list(problems or [str(error)], "The picture cannot be made yet")
             return
         self.started(folder)
-
-
-def _examples(studio: Studio, given: dict[str, Any]) -> Browsed:
-    config = source_config(studio, chosen_source(studio, given))
-    if not has_open_data(studio, config):
-        raise AccessError("the run's data set is outside the Studio's folders")
-    data = config.data if config.held_out is None else config.data.held_out(config.held_out)
-    return browse(data, SIZE_MULTIPLE, None)
 
 
 def _plain(value: float | None) -> float | int | None:
