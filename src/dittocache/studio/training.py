@@ -22,12 +22,12 @@ def start_training(studio: Studio) -> Path:
     Returns the run's folder, which may not be there yet. Raises ConfigError listing every problem with the settings,
     StageError where the run of that folder is at work or waits already. Needs torch: run it on the worker.
     """
-    return _line_up(_with_training(checked_config(studio)))
+    return line_up(*_with_training(checked_config(studio)))
 
 
 def start_caching(studio: Studio) -> Path:
     """Start only what comes before the training: check and encode what is missing; raises as `start_training`."""
-    return _line_up((checked_config(studio), CACHE))
+    return line_up(checked_config(studio), CACHE)
 
 
 def resume_run(studio: Studio, run_dir: Path) -> Path:
@@ -36,7 +36,20 @@ def resume_run(studio: Studio, run_dir: Path) -> Path:
     problems = outside_problems(studio, config)
     if problems:
         raise ConfigError(f"{run_dir} cannot go on in this Studio", problems)
-    return _line_up(_with_training(config))
+    return line_up(*_with_training(config))
+
+
+def line_up(config: RunConfig, stages: Sequence[str]) -> Path:
+    """Put a run at the end of the line and return its folder; raises StageError as `start_training`. Needs torch."""
+    queue = Queue()
+    run_dir = config.run_dir.absolute()
+    at_work = is_locked(run_dir)
+    if at_work or any(one.job.run_dir == run_dir for one in queue.entries() if one.state in ("waiting", "running")):
+        state = "is at work" if at_work else "waits in line"
+        raise StageError(f"the run {run_dir.name} {state} already; wait for its end, or give this one another name")
+    added = queue.add(config, stages)
+    ensure_runner(queue)
+    return added.run_dir
 
 
 def waiting_jobs() -> list[QueueEntry]:
@@ -76,19 +89,6 @@ def outside_problems(studio: Studio, config: RunConfig) -> list[str]:
 
 def _with_training(config: RunConfig) -> tuple[RunConfig, Sequence[str]]:
     return config, TRAIN if config.cache.use_cache else ("validate", "train")
-
-
-def _line_up(job: tuple[RunConfig, Sequence[str]]) -> Path:
-    config, stages = job
-    queue = Queue()
-    run_dir = config.run_dir.absolute()
-    at_work = is_locked(run_dir)
-    if at_work or any(one.job.run_dir == run_dir for one in queue.entries() if one.state in ("waiting", "running")):
-        state = "is at work" if at_work else "waits in line"
-        raise StageError(f"the run {run_dir.name} {state} already; wait for its end, or give this one another name")
-    added = queue.add(config, stages)
-    ensure_runner(queue)
-    return added.run_dir
 
 
 def _never_began(entry: QueueEntry) -> bool:

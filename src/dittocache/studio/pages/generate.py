@@ -10,11 +10,11 @@ from nicegui import events, run, ui
 
 from dittocache.data.pictures import ENDINGS
 from dittocache.errors import ConfigError, DittocacheError
-from dittocache.jobs.background.starting import start_run
 from dittocache.studio.examples import UPLOADS_NAME, pick_example
 from dittocache.studio.layout import card, heading, problems_list
 from dittocache.studio.parts.chooser import choose
 from dittocache.studio.parts.made_pictures import MadePictures
+from dittocache.studio.parts.waiting_line import WaitingLine
 from dittocache.studio.picture_request import (
     CACHES,
     DIALS,
@@ -29,6 +29,7 @@ from dittocache.studio.picture_request import (
 from dittocache.studio.shown import shown
 from dittocache.studio.state import Studio
 from dittocache.studio.thumbnails import thumbnail_url
+from dittocache.studio.training import line_up
 from dittocache.studio.uploads import MAX_UPLOAD_BYTES, keep_picture
 
 
@@ -40,8 +41,10 @@ def page(studio: Studio) -> None:
         request_of(studio).set("source", asked)
     with ui.element("div").classes("columns"):
         form = _Form(studio)
-        with card("Result"):
-            made = MadePictures(studio)
+        with ui.element("div").classes("stack"):
+            WaitingLine()
+            with card("Result"):
+                made = MadePictures(studio)
     form.started = made.show
 
 
@@ -222,7 +225,7 @@ class _Form:
         self._problems.clear()
         try:
             config = requested_config(self._studio, self._request.given)
-            folder = await run.io_bound(start_run, config, STAGES, cwd=self._studio.base)
+            folder = await self._studio.worker.run(line_up, config, STAGES)
         except DittocacheError as error:
             with self._problems:
                 problems = error.problems if isinstance(error, ConfigError) else ()

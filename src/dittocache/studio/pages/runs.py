@@ -15,6 +15,7 @@ from dittocache.studio.layout import card, heading, problems_list
 from dittocache.studio.parts.gallery import small_picture
 from dittocache.studio.parts.live_run import STATES
 from dittocache.studio.parts.loss_comparison import LossComparison
+from dittocache.studio.parts.waiting_line import WaitingLine
 from dittocache.studio.run_history import CAN_GO_ON, Curves, LossCurves, all_runs, delete_run, folder_bytes, leads
 from dittocache.studio.shown import shown
 from dittocache.studio.state import Studio
@@ -44,6 +45,7 @@ class _Runs:
         with card("Losses compared", "The runs that are ticked below; moving averages.") as self._chart_card:
             self._chart = LossComparison()
         self._chart_card.set_visibility(False)
+        WaitingLine()
         with card():
             self._entries = ui.element("div").classes("entries").mark("runs")
             with self._entries:

@@ -52,8 +52,9 @@ class MadePictures:
         folders = made_pictures(self._studio)
         if folders != self._folders:
             newest_is_new = folders[:1] != self._folders[:1]
+            shown_is_gone = self._follower is not None and self._follower.run_dir in set(self._folders) - set(folders)
             self._folders = folders
-            if newest_is_new or (self._follower is not None and self._follower.run_dir not in folders):
+            if newest_is_new or shown_is_gone:
                 self._follower = RunFollower(folders[0]) if folders else None
                 self._shown = None
             self._list_all()
@@ -63,7 +64,7 @@ class MadePictures:
         self._follower.poll()
         view = self._follower.view()
         if view != self._shown:
-            if self._shown is not None and view.state != self._shown.state:
+            if self._shown is not None and view.samples != self._shown.samples:
                 self._list_all()
             self._show(self._follower.run_dir, view)
 
@@ -83,7 +84,7 @@ class MadePictures:
         self._bar.set_visibility(running)
         self._bar.set_value(stage.fraction if stage is not None else 0)
         self._cancel.set_visibility(running)
-        self._remove.set_visibility(not running)
+        self._remove.set_visibility(view.state not in ("running", "new"))
         if self._shown is None or compared != before or view.failure != self._shown.failure:
             self._result.clear()
             with self._result:
@@ -144,6 +145,7 @@ def _words(view: RunView) -> str:
         left = f", about {seconds_text(stage.eta)} left" if stage.eta else ""
         return f"Step {stage.done:.0f} of {stage.total:.0f}{left}"
     return {
+        "new": "Waiting for the device; it begins by itself",
         "finished": "Done",
         "stopped": "Cancelled",
         "failed": "It could not be made",
