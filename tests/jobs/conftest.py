@@ -17,7 +17,7 @@ from dittocache.demo.tiny import save_tiny
 
 # Stands for `python -m dittocache.jobs.stage STAGE --run-dir DIR --lifeline N`: the scenario says what each stage does.
 PLAYER = """#!{python}
-import json, os, signal, sys, time
+import json, os, signal, subprocess, sys, time
 sys.path[:0] = {paths!r}
 from pathlib import Path
 from dittocache.events import EventLog
@@ -34,6 +34,10 @@ signal.signal(signal.SIGINT, stop)
 log.emit("stage_started", pid=os.getpid(), command=sys.argv)
 for fields in script.get("results", []):
     log.emit("result", **fields)
+for _ in range(script.get("children", 0)):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    with (run_dir / "children").open("a") as children:
+        children.write(f"{{child.pid}} ")
 sys.stdout.write(script.get("stdout", ""))
 sys.stderr.write(script.get("stderr", ""))
 sys.stdout.flush(); sys.stderr.flush()

@@ -61,12 +61,12 @@ def run_workflow(
     SIGTERM go to the stage, which ends in good order; a second one ends it at once.
 
     Raises StageFailed (what went wrong, the end of the output, a hint), WorkflowStopped, StageError when another run
-    works in the folder.
+    works in the folder or its files cannot be written.
     """
     config, stages = _part_of_rank(config, stages)
     run_dir = config.run_dir
     holding = held_folder(run_dir) if lock is None else contextlib.nullcontext(lock)
-    with holding as held, _former_settings_if_refused(run_dir / CONFIG_NAME):
+    with holding as held, _writable(run_dir), _former_settings_if_refused(run_dir / CONFIG_NAME):
         save_config(config, run_dir / CONFIG_NAME)
         path = run_dir / EVENTS_NAME
         offset = path.stat().st_size if path.exists() else 0
@@ -93,6 +93,17 @@ def _part_of_rank(config: RunConfig, stages: Sequence[str]) -> tuple[RunConfig, 
         return config.model_copy(update={"train": config.train.model_copy(update={"processes": processes})}), stages
     own = {"output_dir": config.run_dir / WORKERS_NAME, "name": f"rank-{rank.index}"}
     return config.model_copy(update=own), [stage for stage in stages if stage in CACHING]
+
+
+@contextlib.contextmanager
+def _writable(run_dir: Path) -> Iterator[None]:
+    """Tell a person what it means when the run's own small files cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        message = f"files of the run in {run_dir} cannot be written: {error.strerror or error}"
+        hint = hint_for(1, str(error))
+        raise StageError(f"{message}\nhint: {hint}" if hint else message) from error
 
 
 @contextlib.contextmanager
@@ -183,7 +194,8 @@ def _check_end(process: StageProcess, returncode: int, run_dir: Path, offset: in
         error = "stopped on request" if stopped else error
         hint = "" if stopped else hint_for(returncode, output)
         failure = {"error": error, "hint": hint}
-        EventLog(path, stage).emit("stage_failed", returncode=returncode, stopped=stopped, **failure)
+        with contextlib.suppress(OSError):  # on a full disk what is raised below is what can be told
+            EventLog(path, stage).emit("stage_failed", returncode=returncode, stopped=stopped, **failure)
     if stopped or returncode in STOPPED_CODES:
         raise WorkflowStopped(f"stage {stage} was stopped; the same command goes on from here")
     raise StageFailed(_failure_message(stage, returncode, failure, process.output(), run_dir), returncode, stage)

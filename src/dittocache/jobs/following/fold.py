@@ -78,10 +78,11 @@ class RunFold:
     def view(self, live: bool) -> RunView:
         """The run as it stands; `live` says whether a process works in its folder."""
         status = self._ends.status(live)
-        failed = self._ends.failed if status.state == "failed" else None
-        failure = None
-        if failed is not None:
+        failed, failure = self._ends.failed, None
+        if status.state == "failed" and failed is not None:
             failure = FailureView(failed["stage"], failed["error"], failed["hint"], failed["returncode"])
+        elif status.state == "died":
+            failure = FailureView(status.stage, status.detail)
         stages = list(self._stages.values())
         if not live:
             stages = [replace(one, state="died") if one.state == "running" else one for one in stages]

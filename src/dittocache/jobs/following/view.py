@@ -93,19 +93,19 @@ class SampleView:
 
 @dataclass(frozen=True)
 class FailureView:
-    """Why a run failed.
+    """Why a run failed or died.
 
     Attributes:
         error: what went wrong.
         hint: how to mend it, where the cause is known; else empty.
-        returncode: of the stage's process, negative for the signal that ended it.
+        returncode: of the stage's process, negative for the signal that ended it; None where nobody saw its end.
         log_tail: last lines of the run's log; empty where the error says it all.
     """
 
     stage: str
     error: str
     hint: str = ""
-    returncode: int = 1
+    returncode: int | None = None
     log_tail: str = ""
 
 
