@@ -69,7 +69,7 @@ def edits(studio: Studio) -> Path:
     return folder
 
 
-async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Let the pages work until something is so; fails after `seconds`, which is only reached where it never is."""
     async with asyncio.timeout(seconds):
         while not condition():

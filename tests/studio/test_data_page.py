@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-import httpx
-from nicegui import core, ui
+from nicegui import ui
 from nicegui.testing import User
 from PIL import Image
+from tests.studio.conftest import Visit, until
 
 from dittocache.studio.state import Studio
 from dittocache.studio.thumbnails import thumbnail_url
-from tests.studio.conftest import Visit, until
 
 
 def shows(user: User, words: str) -> bool:
@@ -26,7 +25,7 @@ async def test_a_set_is_shown_with_captions_controls_and_sizes(studio: Studio, v
     studio.draft.update({"data.path": str(edits), "data.resolution": 64})
     async with visit(studio) as user:
         await user.open("/data")
-        await user.should_see("4 samples · nothing wrong", retries=50)
+        await user.should_see("4 samples · nothing wrong", retries=300)
         await user.should_see("make number 3 blue")
         assert shows(user, "64 × 64") and shows(user, "64 × 32") is False and shows(user, "2")
 
@@ -40,7 +39,7 @@ async def test_everything_wrong_is_listed_and_the_samples_are_there_all_the_same
     studio.draft.set("data.path", str(edits))
     async with visit(studio) as user:
         await user.open("/data")
-        await user.should_see("4 samples · 3 problems", retries=50)
+        await user.should_see("4 samples · 3 problems", retries=300)
         for words in ("edit-0.png: no caption", "edit-1.png cannot be read", "no control picture edit-2"):
             assert shows(user, words), words
         await user.should_see("no caption")
@@ -52,13 +51,13 @@ async def test_a_missing_caption_is_written_in_the_page(studio: Studio, visit: V
     studio.draft.set("data.path", str(edits))
     async with visit(studio) as user:
         await user.open("/data")
-        await user.should_see("4 samples · 1 problems", retries=50)
+        await user.should_see("4 samples · 1 problems", retries=300)
         user.find(marker="sample-0").click()
         user.find(kind=ui.textarea).type("a red square")
         user.find("Save caption").click()
         await until(file.exists)
         assert file.read_text(encoding="utf-8") == "a red square\n"
-        await user.should_see("4 samples · nothing wrong", retries=50)
+        await user.should_see("4 samples · nothing wrong", retries=300)
 
 
 async def test_a_path_outside_the_roots_is_refused(studio: Studio, visit: Visit, tmp_path: Path) -> None:
@@ -67,7 +66,7 @@ async def test_a_path_outside_the_roots_is_refused(studio: Studio, visit: Visit,
     studio.draft.set("data.path", str(outside))
     async with visit(studio) as user:
         await user.open("/data")
-        await user.should_see("1 problems", retries=50)
+        await user.should_see("1 problems", retries=300)
         assert shows(user, "is outside the Studio's folders")
 
 
@@ -77,17 +76,17 @@ async def test_small_pictures_are_made_once_and_only_of_allowed_pictures(
     picture = edits / "training_images" / "edit-0.png"
     secret = tmp_path / "secret.png"
     Image.new("RGB", (8, 8)).save(secret)
-    async with visit(studio):
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(core.app), base_url="http://test") as client:
-            first = await client.get(thumbnail_url(picture))
-            assert first.status_code == 200 and first.headers["content-type"] == "image/webp"
-            assert "immutable" in first.headers["cache-control"]
-            made = list(studio.thumbnails.rglob("*.webp"))
-            await client.get(thumbnail_url(picture))
-            assert list(studio.thumbnails.rglob("*.webp")) == made
-            assert (await client.get(thumbnail_url(secret))).status_code == 403
-            assert (await client.get(thumbnail_url(edits / "training_images" / "edit-0.txt"))).status_code == 404
-            assert (await client.get("/picture", params={"path": str(secret)})).status_code == 403
+    async with visit(studio) as user:
+        client = user.http_client
+        first = await client.get(thumbnail_url(picture))
+        assert first.status_code == 200 and first.headers["content-type"] == "image/webp"
+        assert "immutable" in first.headers["cache-control"]
+        made = list(studio.thumbnails.rglob("*.webp"))
+        await client.get(thumbnail_url(picture))
+        assert list(studio.thumbnails.rglob("*.webp")) == made
+        assert (await client.get(thumbnail_url(secret))).status_code == 403
+        assert (await client.get(thumbnail_url(edits / "training_images" / "edit-0.txt"))).status_code == 404
+        assert (await client.get("/picture", params={"path": str(secret)})).status_code == 403
 
 
 def test_a_changed_picture_has_another_address(edits: Path) -> None:
@@ -104,7 +103,7 @@ async def test_a_file_name_is_shown_as_text(studio: Studio, visit: Visit, edits:
     studio.draft.set("data.path", str(edits))
     async with visit(studio) as user:
         await user.open("/data")
-        await user.should_see(name, retries=50)
+        await user.should_see(name, retries=300)
         with user:
             html = [one for one in user.client.elements.values() if isinstance(one, ui.html)]  # type: ignore[union-attr]
         assert not html

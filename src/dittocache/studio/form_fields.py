@@ -55,6 +55,10 @@ FIRST = (
 """What most users look at: these come first in their groups, the others after them in the order of the models."""
 
 
+BLANKS_COUNT = ("data.caption_prefix", "generate.negative_prompt")
+"""Texts whose blanks at either end mean something."""
+
+
 @dataclass(frozen=True)
 class FormField:
     """One setting.
@@ -111,7 +115,7 @@ def shown_value(value: Any) -> str:
     if isinstance(value, str | Path):
         return str(value)
     if isinstance(value, int | float):
-        return f"{value:g}" if isinstance(value, float) else str(value)
+        return str(value)
     plain = list(value) if isinstance(value, tuple) else value
     return yaml.safe_dump(plain, default_flow_style=True, width=10_000, allow_unicode=True).strip() if plain else ""
 
@@ -121,9 +125,11 @@ def typed_value(field: FormField, text: str) -> Any:
 
     Numbers and names stay text, which the setting's own type reads.
     """
-    text = text.strip()
-    if not text:
+    if not text.strip():
         return None
+    if field.name in BLANKS_COUNT:
+        return text
+    text = text.strip()
     if field.editor != "yaml":
         return text
     try:
@@ -148,7 +154,7 @@ def _field(name: str, field: Any) -> FormField:
     editor, choices = _editor(field.annotation)
     default = field.default if field.default_factory is None else field.default_factory()
     group = name.rpartition(".")[0]
-    help = (field.description or "").replace("`", "")
+    help = " ".join((field.description or "").replace("`", "").split())
     return FormField(name, group, help, editor, choices, shown_value(default), field.is_required())
 
 

@@ -126,15 +126,15 @@ def _components(folder: Path, index: dict[str, object]) -> tuple[Component, ...]
             continue
         weights = [file for ending in ("*.safetensors", "*.bin") for file in (folder / name).glob(ending)]
         size = sum(file.stat().st_size for file in weights)
-        found.append(Component(name, str(entry[1]), size, _role(name, size)))
+        found.append(Component(name, str(entry[1]), size, _role(name)))
     return tuple(found)
 
 
-def _role(name: str, weight_bytes: int) -> str:
+def _role(name: str) -> str:
     if name == "transformer":
         return "trained and sampled; the only one in memory while training on the cache"
     if name == "vae":
         return "encodes pictures before training, decodes them when sampling"
     if name.startswith("text_encoder"):
         return "encodes prompts before training"
-    return "small" if not weight_bytes else ""
+    return ""

@@ -58,9 +58,9 @@ class WorkerProcesses:
     def close(self) -> None:
         """As `Worker.close`."""
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.terminate()
+            self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
     def _started(self) -> ProcessPoolExecutor:

@@ -8,6 +8,7 @@ from nicegui import run, ui
 
 from dittocache.errors import DittocacheError
 from dittocache.jobs.following.view import RunView
+from dittocache.jobs.run_folder import is_locked
 from dittocache.studio.background_work import Work, background_work
 from dittocache.studio.cache_care import CachePlan, cache_place, plan_cache, remove_unused, unused, verify
 from dittocache.studio.layout import card, heading, problems_list, telling_errors
@@ -41,7 +42,7 @@ class CachePage:
                 self._encode = ui.button("Encode what is missing", icon="play_arrow", on_click=self._start)
                 self._encode.props("unelevated no-caps")
             self._plan = ui.element("div").classes("stack")
-        self._live = LiveRun(self._controls)
+        self._live = LiveRun(self._controls, brief=True)
         with card("Care", "Safe beside runs at work."):
             self._place = ui.label().classes("mono small wrap muted")
             with ui.element("div").classes("line"):
@@ -61,7 +62,7 @@ class CachePage:
         if self._studio.draft.version != self._version:
             await self._load()
         found = await run.io_bound(run_to_show, self._studio, "", self._live.run_dir)
-        if found is not None:
+        if found is not None and is_locked(found):
             await self._live.show(found)
 
     async def _load(self) -> None:

@@ -67,7 +67,9 @@ class ModelPage:
         with self._known:
             ui.label("On this machine:").classes("muted small")
             for model in models:
-                ui.button(shown(model), on_click=lambda model=model: self._choose(model)).props("outline dense no-caps")
+                ui.button(shown(model), on_click=lambda model=model: self._choose(model)).props(
+                    "outline dense no-caps"
+                ).classes("action")
 
     async def _follow(self) -> None:
         """Another tab may choose another model."""

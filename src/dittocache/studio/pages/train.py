@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import quote
 
 from nicegui import run, ui
 
 from dittocache.errors import DittocacheError
 from dittocache.jobs.following.view import RunView
+from dittocache.jobs.run_folder import LORA_NAME
 from dittocache.studio.layout import card, heading, problems_list, telling_errors
 from dittocache.studio.memory import memory_words
 from dittocache.studio.parts.chooser import choose
@@ -115,6 +117,16 @@ class TrainPage:
             stop_button(run_dir, view)
         elif view.state in ("stopped", "failed", "died"):
             ui.button("Resume", icon="play_arrow", on_click=lambda: self._resume(run_dir)).props("unelevated no-caps")
+        elif view.state == "finished" and (run_dir / LORA_NAME).is_dir():
+            self._next(run_dir)
+
+    def _next(self, run_dir: Path) -> None:
+        """What is done with a LoRA that is trained."""
+        for label, icon, page in (("Make pictures", "auto_awesome", "generate?source"), ("Report", "description", "")):
+            target = f"/{page}={quote(run_dir.name)}" if page else "/reports"
+            ui.button(label, icon=icon, on_click=lambda target=target: ui.navigate.to(target)).props("outline no-caps")
+        with ui.button("LoRA", icon="content_copy", on_click=lambda: _copy(run_dir / LORA_NAME)).props("flat no-caps"):
+            ui.tooltip(f"Copy the path of its folder, {shown(run_dir / LORA_NAME)}")
 
     async def _resume(self, run_dir: Path) -> None:
         with telling_errors():
@@ -166,3 +178,8 @@ class TrainPage:
     def _say(self, text: str) -> None:
         self._told.set_text("\n".join(shown(line, 1000) for line in text.splitlines()))
         self._told.set_visibility(bool(text))
+
+
+def _copy(folder: Path) -> None:
+    ui.clipboard.write(str(folder))
+    ui.notify(f"Copied: {shown(folder)}")

@@ -36,9 +36,10 @@ class LiveRun:
 
     Args:
         controls: builds the buttons beside the run's name, from its latest view; called when its state changes.
+        brief: whether only stages and failures are shown.
     """
 
-    def __init__(self, controls: Callable[[Path, RunView], None]) -> None:
+    def __init__(self, controls: Callable[[Path, RunView], None], brief: bool = False) -> None:
         self._controls = controls
         self._run_dir: Path | None = None
         self._follower: RunFollower | None = None
@@ -53,12 +54,14 @@ class LiveRun:
                 self._buttons = ui.element("div").classes("line shrink")
             self._failure = ui.element("div").classes("problems").props("role=alert")
             self._stages = RunStages()
-            self._numbers = ui.element("div").classes("full")
-            self._losses = LossChart()
-            self._pictures = RunPictures()
-            with ui.expansion("Messages and log", value=True).classes("settings-group"):
+            with ui.element("div").classes("stack") as details:
+                self._numbers = ui.element("div").classes("full")
+                self._losses = LossChart()
+                self._pictures = RunPictures()
+            with ui.expansion("Messages and log", value=not brief).classes("settings-group"):
                 self._messages = ui.label().classes("log mono messages")
                 self._text = ui.label().classes("log mono run-log")
+        details.set_visibility(not brief)
         self._card.set_visibility(False)
         ui.timer(POLL_SECONDS, self._poll)
 
@@ -125,19 +128,18 @@ class LiveRun:
 
     def _show_failure(self, view: RunView) -> None:
         failure = view.failure
-        self._failure.set_visibility(failure is not None or view.state == "died")
+        self._failure.set_visibility(failure is not None)
         self._failure.clear()
+        if failure is None:
+            return
         with self._failure:
-            if failure is not None:
-                ui.label(f"Stage {failure.stage} failed").classes("problems-title")
-                ui.label(failure.error).classes("wrap pre")
-                if failure.hint:
-                    ui.label(f"Hint: {failure.hint}").classes("wrap pre")
-                if failure.log_tail:
-                    ui.label(failure.log_tail).classes("log mono")
-            elif view.state == "died":
-                ui.label("The run is gone").classes("problems-title")
-                ui.label(view.detail).classes("wrap")
+            title = "The run is gone" if view.state == "died" else f"Stage {failure.stage} failed"
+            ui.label(title).classes("problems-title")
+            ui.label(failure.error).classes("wrap pre")
+            if failure.hint:
+                ui.label(f"Hint: {failure.hint}").classes("wrap pre")
+            if failure.log_tail:
+                ui.label(failure.log_tail).classes("log mono")
 
     def _show_numbers(self, view: RunView) -> None:
         found = _numbers(view)
