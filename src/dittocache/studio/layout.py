@@ -89,6 +89,12 @@ def problems_list(problems: Sequence[str], title: str) -> None:
                     ui.label(shown(problem, limit=2000))
 
 
+def next_step(words: str, path: str) -> ui.button:
+    """A button that leads to the page where one goes on."""
+    button = ui.button(words, icon="arrow_forward", on_click=lambda: ui.navigate.to(path))
+    return button.props("unelevated no-caps")
+
+
 @contextmanager
 def telling_errors() -> Iterator[None]:
     """Show what the block raises as a notification."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,11 @@ def preset_settings(preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
         kept.append("model.path")
     places = {name: None for name in OWN if name in settings}
     return {**settings, **places, **{name: given[name] for name in kept}}
+
+
+def is_bare(given: Mapping[str, Any]) -> bool:
+    """Whether a draft says nothing of how to train, so that a quick start may choose it."""
+    return not any(name.startswith("train.") or name == "data.resolution" for name in given)
 
 
 def quick_start(studio: Studio) -> list[str]:

@@ -7,7 +7,7 @@ from nicegui import run, ui
 from dittocache.data.browsing import Browsed
 from dittocache.errors import DittocacheError
 from dittocache.studio.data_set import TABLE_ENDINGS, USUAL_MULTIPLE, browse_draft, copy_demo, set_data, size_multiple
-from dittocache.studio.layout import card, heading, problems_list
+from dittocache.studio.layout import card, heading, next_step, problems_list
 from dittocache.studio.parts.chooser import choose
 from dittocache.studio.parts.gallery import Gallery
 from dittocache.studio.parts.size_chart import size_chart
@@ -41,6 +41,7 @@ class DataPage:
                 self._summary = ui.label().classes("grow").props("aria-live=polite")
                 ui.button("Look again", icon="refresh", on_click=self._load).props("flat dense no-caps")
                 ui.button("Use the demo's 40 pictures", icon="science", on_click=self._demo).props("flat dense no-caps")
+                self._next = ui.element("div").classes("line shrink")
         self._findings = ui.element("div").classes("stack")
         self._gallery = Gallery(studio, self._load)
         ui.timer(0, self._load, once=True)
@@ -69,6 +70,11 @@ class DataPage:
 
     def _show(self, found: Browsed | None) -> None:
         self._summary.set_text(_summary(found))
+        self._next.clear()
+        if found is not None and len(found) and not found.problems:
+            with self._next:
+                named = "model.path" in self._studio.draft.given
+                next_step("Train" if named else "Choose a model", "/train" if named else "/model")
         self._findings.clear()
         with self._findings:
             _show_findings(found)

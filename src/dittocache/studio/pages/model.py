@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nicegui import ui
 
-from dittocache.studio.layout import card, heading, problems_list
+from dittocache.studio.layout import card, heading, next_step, problems_list
 from dittocache.studio.model_check import ModelCheck, check_model, known_families, known_models
 from dittocache.studio.parts.chooser import choose
 from dittocache.studio.parts.tables import row, table
@@ -45,7 +45,9 @@ class ModelPage:
                 self._dtype = self._select("model.dtype", "Number format of frozen weights", list(DTYPES))
                 self._device = ui.input("Device", placeholder="auto").props("outlined dense stack-label")
                 self._device.on("blur", self._device_typed).on("keydown.enter", self._device_typed)
-            self._state = ui.label().props("aria-live=polite")
+            with ui.element("div").classes("line"):
+                self._state = ui.label().classes("grow").props("aria-live=polite")
+                self._next = ui.element("div").classes("line shrink")
         self._findings = ui.element("div").classes("stack")
         ui.timer(0, self._begin, once=True)
         ui.timer(2.0, self._follow)
@@ -91,6 +93,11 @@ class ModelPage:
         if self._findings.is_deleted:
             return
         self._state.set_text(_summary(found))
+        self._next.clear()
+        if found is not None and not found.problems:
+            with self._next:
+                named = "data.path" in self._studio.draft.given
+                next_step("Train" if named else "Choose the data", "/train" if named else "/data")
         self._findings.clear()
         with self._findings:
             _show(found)

@@ -18,7 +18,7 @@ from dittocache.studio.parts.preset_dialog import choose_preset
 from dittocache.studio.parts.settings_form import SettingsForm
 from dittocache.studio.parts.stop_button import stop_button
 from dittocache.studio.parts.waiting_line import WaitingLine
-from dittocache.studio.presets import load_file, quick_start, save_file
+from dittocache.studio.presets import is_bare, load_file, quick_start, save_file
 from dittocache.studio.run_choice import folder_of_run, run_to_show
 from dittocache.studio.shown import shown
 from dittocache.studio.state import Studio
@@ -77,7 +77,8 @@ class TrainPage:
             return
         folder = folder_of_run(self._studio)
         where = f"The run is {shown(folder)}." if folder is not None else ""
-        self._what.set_text(f"Trains {shown(model)} on {shown(data)}. {where}")
+        chosen = " How is chosen for you; change it below, or after." if is_bare(given) else ""
+        self._what.set_text(f"Trains {shown(model)} on {shown(data)}. {where}{chosen}")
 
     async def _choose_run(self) -> None:
         """Show the run that was asked for, else the one at work, else the draft's own."""
@@ -100,6 +101,9 @@ class TrainPage:
         self._form.check()
         self._train.disable()
         try:
+            if is_bare(self._studio.draft.given):
+                self._say("\n".join(await self._studio.worker.run(quick_start, self._studio)))
+                self._form.refresh()
             run_dir = await self._studio.worker.run(start_training, self._studio)
         except DittocacheError as error:
             with self._problems:
