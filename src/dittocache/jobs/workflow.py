@@ -87,7 +87,8 @@ def _part_of_rank(config: RunConfig, stages: Sequence[str]) -> tuple[RunConfig, 
     """What this process of those that torchrun or Slurm started has to do: all of it, or help with caching."""
     rank = rank_of(os.environ)
     if rank.index == 0:
-        if not config.cache.keep_cache and "train" in stages:
+        kept = config.cache.keeps("vae") and config.cache.keeps("text_encoder")
+        if not kept and "train" in stages:
             stages = (*stages, "remove_cache")
         processes = processes_to_train(os.environ, config.train.processes)
         return config.model_copy(update={"train": config.train.model_copy(update={"processes": processes})}), stages
