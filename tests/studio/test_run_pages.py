@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -113,6 +112,7 @@ def test_a_report_that_is_behind_its_run_says_so(studio: Studio) -> None:
     folder = _run(studio, "run")
     assert [(report.written, report.behind) for report in run_reports(studio)] == [(None, False)]
     (folder / "report.html").write_text("report")
+    EventLog(folder / "events.jsonl", "report").emit("stage_finished", seconds=1.0)
     assert [report.behind for report in run_reports(studio)] == [False]
-    os.utime(folder / "report.html", (1.0, 1.0))
+    EventLog(folder / "events.jsonl", "train").emit("metric", step=1, loss=0.5)
     assert [report.behind for report in run_reports(studio)] == [True]

@@ -12,7 +12,8 @@ from fastapi import Response
 from fastapi.responses import FileResponse, PlainTextResponse
 
 from dittocache.errors import AccessError, DittocacheError
-from dittocache.jobs.run_folder import CONFIG_NAME, EVENTS_NAME, REPORT_NAME
+from dittocache.events import last_events
+from dittocache.jobs.run_folder import CONFIG_NAME, EVENTS_NAME, LAST_EVENTS_BYTES, REPORT_NAME, WORKFLOW
 from dittocache.studio.state import Studio
 
 REPORT_POLICY = (
@@ -47,8 +48,7 @@ def run_reports(studio: Studio) -> list[RunReport]:
     found = []
     for file in studio.runs_dir.glob(f"*/{CONFIG_NAME}"):
         written, changed = _time(file.parent / REPORT_NAME), _time(file.parent / EVENTS_NAME)
-        # The report stage says that it has ended after it has written its page.
-        behind = written is not None and changed is not None and changed > written + 5
+        behind = written is not None and _went_on(file.parent / EVENTS_NAME, written)
         found.append((max(written or 0.0, changed or 0.0), RunReport(file.parent, written, behind)))
     return [report for _, report in sorted(found, key=lambda one: -one[0])]
 
@@ -80,6 +80,13 @@ def reports_or_problem(studio: Studio) -> tuple[list[RunReport], str]:
         return run_reports(studio), ""
     except (OSError, DittocacheError) as error:
         return [], str(error)
+
+
+def _went_on(events: Path, since: float) -> bool:
+    """Whether another stage than the report's own has said something since."""
+    own = ("report", WORKFLOW)
+    said = last_events(events, LAST_EVENTS_BYTES)
+    return any(event["time"] > since and event["stage"] not in own for event in said)
 
 
 def _time(file: Path) -> float | None:
