@@ -51,7 +51,7 @@ async def test_a_missing_caption_is_written_in_the_page(studio: Studio, visit: V
     studio.draft.set("data.path", str(edits))
     async with visit(studio) as user:
         await user.open("/data")
-        await user.should_see("4 samples · 1 problems", retries=300)
+        await user.should_see("4 samples · 1 problem", retries=300)
         user.find(marker="sample-0").click()
         user.find(kind=ui.textarea).type("a red square")
         user.find("Save caption").click()
@@ -66,7 +66,7 @@ async def test_a_path_outside_the_roots_is_refused(studio: Studio, visit: Visit,
     studio.draft.set("data.path", str(outside))
     async with visit(studio) as user:
         await user.open("/data")
-        await user.should_see("1 problems", retries=300)
+        await user.should_see("1 problem", retries=300)
         assert shows(user, "is outside the Studio's folders")
 
 

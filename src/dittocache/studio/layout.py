@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from nicegui import ui
 
 from dittocache.errors import DittocacheError
+from dittocache.studio.parts.run_chip import RunChip
 from dittocache.studio.shown import shown
 from dittocache.studio.state import Studio
 
@@ -51,12 +52,14 @@ def frame(studio: Studio, path: str) -> Iterator[None]:
         menu = ui.button(icon="menu").props('flat dense round aria-label="Navigation"').classes("studio-menu")
         ui.link("dittocache Studio", "/").classes("studio-brand")
         ui.space()
+        RunChip(studio)
         _theme_button()
     # `show-if-above` and not `value=None`, for which NiceGUI asks the browser and complains when it is slow to answer.
     with ui.left_drawer(value=False).props("show-if-above width=208 breakpoint=900").classes("studio-drawer") as drawer:
         _navigation(place)
     menu.on_click(drawer.toggle)
-    with ui.element("main").classes("studio-main").props("id=content"):
+    with ui.element("div").classes("studio-main") as content:
+        ui.skip_link("Skip to the page", target=content)
         yield
 
 

@@ -19,8 +19,14 @@ def folder_of_run(studio: Studio) -> Path | None:
         return None
 
 
+def run_at_work(studio: Studio) -> Path | None:
+    """The run that is at work, of several the one that said something last; None where none is."""
+    working = {run: began for run, began in _begun_runs(studio).items() if is_locked(run)}
+    return max(working, key=working.__getitem__, default=None)
+
+
 def run_to_show(studio: Studio, asked: str = "", showing: Path | None = None) -> Path | None:
-    """The run of this name; else the one at work, the newest of several; else the draft's own; else what is shown.
+    """The run of this name; else the one at work, the newest of several; else what is shown; else the draft's own.
 
     Args:
         asked: name of a run's folder.
@@ -28,21 +34,24 @@ def run_to_show(studio: Studio, asked: str = "", showing: Path | None = None) ->
     """
     if showing is not None and (asked or is_locked(showing)):
         return showing
-    try:
-        runs = studio.runs_dir
-        if asked:
-            found = studio.path(runs / asked)
-            return found if (found / EVENTS_NAME).is_file() else None
-    except AccessError:
-        return None
-    began = {run: events.stat().st_mtime for run in _folders(runs) if (events := run / EVENTS_NAME).is_file()}
-    working = [run for run in began if is_locked(run)]
-    if working:
-        return max(working, key=began.__getitem__)
-    if showing is not None:
-        return showing
+    if asked:
+        try:
+            found = studio.path(studio.runs_dir / asked)
+        except AccessError:
+            return None
+        return found if (found / EVENTS_NAME).is_file() else None
     own = folder_of_run(studio)
-    return own if own in began else None
+    return run_at_work(studio) or showing or (own if own in _begun_runs(studio) else None)
+
+
+def _begun_runs(studio: Studio) -> dict[Path, float]:
+    """Folders of runs that have said something, and when they said the last."""
+    try:
+        return {
+            run: events.stat().st_mtime for run in _folders(studio.runs_dir) if (events := run / EVENTS_NAME).is_file()
+        }
+    except (AccessError, OSError):
+        return {}
 
 
 def _folders(runs: Path) -> list[Path]:

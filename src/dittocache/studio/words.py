@@ -33,6 +33,11 @@ def pace(items_a_second: float, item: str = "item") -> str:
     return f"{items_a_second:.1f} {item}s/s" if items_a_second >= 0.5 else f"{1 / items_a_second:.1f} s a {item}"
 
 
+def counted(count: int, thing: str) -> str:
+    """`1 problem`, `1,200 problems`."""
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
+
+
 def moment(seconds: float) -> str:
     """A time of the epoch as local date and time."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

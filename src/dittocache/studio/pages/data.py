@@ -13,6 +13,7 @@ from dittocache.studio.parts.gallery import Gallery
 from dittocache.studio.parts.size_chart import size_chart
 from dittocache.studio.shown import shown
 from dittocache.studio.state import Studio
+from dittocache.studio.words import counted
 
 
 def page(studio: Studio) -> None:
@@ -108,9 +109,9 @@ def _summary(found: Browsed | None) -> str:
         return (
             "No data set is chosen yet. Choose a folder of pictures with a .txt caption beside each, or try the demo."
         )
-    counts = [f"{len(found):,} samples"]
+    counts = [counted(len(found), "sample")]
     if found.problems:
-        counts.append(f"{len(found.problems):,} problems")
+        counts.append(counted(len(found.problems), "problem"))
     elif len(found):
         counts.append("nothing wrong")
     return " · ".join(counts)
@@ -120,7 +121,7 @@ def _show_findings(found: Browsed | None) -> None:
     if found is None:
         return
     if found.problems:
-        problems_list(found.problems, f"{len(found.problems):,} problems keep this set from being trained on")
+        problems_list(found.problems, "This keeps the set from being trained on")
     for note in found.notes:
         ui.label(shown(note, 1000)).classes("note")
     sizes = found.buckets()

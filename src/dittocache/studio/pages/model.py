@@ -133,7 +133,7 @@ def _summary(found: ModelCheck | None) -> str:
             "`", ""
         )
     if found.problems:
-        return f"{len(found.problems)} problems: this model cannot be trained yet"
+        return "This model cannot be trained yet"
     return f"Complete: {found.family}, runs on {found.device}"
 
 
