@@ -77,7 +77,7 @@ def quick_start(studio: Studio) -> list[str]:
     overrides.pop("data.path", None)
     config = quick_config(given.get("data.path"), given.get("model.path"), overrides, told.append)
     studio.draft.replace(given_settings(config))
-    return told
+    return [one.partition("; --")[0] for one in told]  # how to say otherwise on the command line
 
 
 def load_file(studio: Studio, path: Path) -> RunConfig:

@@ -9,7 +9,7 @@ from nicegui import run, ui
 
 from dittocache.errors import DittocacheError
 from dittocache.jobs.following.view import RunView
-from dittocache.jobs.run_folder import LORA_NAME
+from dittocache.jobs.run_folder import LORA_NAME, is_locked
 from dittocache.studio.layout import card, heading, problems_list, telling_errors
 from dittocache.studio.memory import memory_words
 from dittocache.studio.parts.chooser import choose
@@ -39,6 +39,7 @@ class TrainPage:
     def __init__(self, studio: Studio, asked: str) -> None:
         self._studio = studio
         self._asked = asked
+        self._starting = False
         self._memory_of: dict[str, object] = {}
         with card():
             with ui.element("div").classes("line train-line"):
@@ -75,20 +76,27 @@ class TrainPage:
         if missing:
             self._what.set_text(f"First {' and '.join(missing)} on the pages Data and Model.")
             return
+        what = f"Trains {shown(model)} on {shown(data)}."
+        if is_bare(given):
+            self._what.set_text(f"{what} How is chosen for you when you press Train; Quick start shows it first.")
+            return
         folder = folder_of_run(self._studio)
-        where = f"The run is {shown(folder)}." if folder is not None else ""
-        chosen = " How is chosen for you; change it below, or after." if is_bare(given) else ""
-        self._what.set_text(f"Trains {shown(model)} on {shown(data)}. {where}{chosen}")
+        self._what.set_text(f"{what} The run is {shown(folder)}." if folder is not None else what)
 
     async def _choose_run(self) -> None:
         """Show the run that was asked for, else the one at work, else the draft's own."""
         found = await run.io_bound(run_to_show, self._studio, self._asked, self._live.run_dir)
         if found is not None:
             await self._live.show(found)
+        own = folder_of_run(self._studio)
+        at_work = own is not None and is_locked(own)
+        if not self._starting and not self._train.is_deleted:
+            self._train.set_text("Training" if at_work else "Train")
+            self._train.set_enabled(not at_work)
 
     async def _estimate(self) -> None:
         given = self._studio.draft.given
-        if given == self._memory_of:
+        if given == self._memory_of or is_bare(given):
             return
         self._memory_of = given
         words = await self._studio.worker.run(memory_words, given)
@@ -100,6 +108,7 @@ class TrainPage:
         self._problems.clear()
         self._form.check()
         self._train.disable()
+        self._starting = True
         try:
             if is_bare(self._studio.draft.given):
                 self._say("\n".join(await self._studio.worker.run(quick_start, self._studio)))
@@ -110,6 +119,7 @@ class TrainPage:
                 problems_list(error.problems or [str(error)], "The training cannot start yet")
             return
         finally:
+            self._starting = False
             self._train.enable()
         self._asked = ""
         await self._live.show(run_dir)

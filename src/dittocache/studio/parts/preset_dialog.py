@@ -29,6 +29,7 @@ class _PresetDialog:
     def __init__(self, studio: Studio) -> None:
         self._studio = studio
         self._estimates: dict[str, ui.label] = {}
+        self._entries: dict[str, ui.element] = {}
         with ui.dialog() as self.dialog, ui.card().classes("chooser wide"):
             ui.label("Presets").classes("card-title")
             ui.label("A preset keeps your data, your model and your run's name.").classes("muted")
@@ -39,14 +40,16 @@ class _PresetDialog:
                 ui.button("Cancel", on_click=lambda: self.dialog.submit(None)).props("flat no-caps")
 
     def _entry(self, preset: Preset) -> None:
-        with ui.element("button").classes("preset-entry").on("click", lambda: self.dialog.submit(preset)):
+        with ui.element("button").classes("preset-entry").on("click", lambda: self.dialog.submit(preset)) as entry:
             ui.label(preset.title).classes("preset-title")
             for note in preset.notes:
                 ui.label(note).classes("muted small")
             self._estimates[preset.name] = ui.label().classes("small accent")
+        self._entries[preset.name] = entry
 
     async def estimate(self) -> None:
-        """Say of each preset what it takes with the data and model at hand."""
+        """Say of each preset what it takes with the data and model at hand, and put those that fit the model first."""
+        fitting = 0
         given = self._studio.draft.given
         if "data.path" not in given or "model.path" not in given:
             return
@@ -55,6 +58,8 @@ class _PresetDialog:
             if self.dialog.is_deleted:
                 return
             if total is not None:
+                self._entries[preset.name].move(target_index=fitting)
+                fitting += 1
                 self._estimates[preset.name].set_text(f"With your data and model: about {byte_count(total)} on the GPU")
 
 
