@@ -24,7 +24,7 @@ from dittocache.studio.shown import shown
 from dittocache.studio.state import Studio
 from dittocache.studio.training import resume_run, start_training
 
-YAML_ENDINGS = (".yaml", ".yml")
+SETTINGS_ENDINGS = (".yaml", ".yml", ".toml")
 
 
 def page(studio: Studio) -> None:
@@ -56,8 +56,8 @@ class TrainPage:
             with ui.element("div").classes("line"):
                 self._action("Quick start", "bolt", self._quick)
                 self._action("Presets", "tune", self._preset)
-                self._action("Load YAML", "upload_file", self._load)
-                self._action("Save YAML", "save", self._save)
+                self._action("Load file", "upload_file", self._load)
+                self._action("Save as YAML", "save", self._save)
             self._told = ui.label().classes("note pre")
             self._told.set_visibility(False)
             self._form = SettingsForm(studio, self._changed)
@@ -162,7 +162,7 @@ class TrainPage:
             self._form.refresh()
 
     async def _load(self) -> None:
-        path = await choose(self._studio, "Load settings", endings=YAML_ENDINGS, folders=False)
+        path = await choose(self._studio, "Load settings", endings=SETTINGS_ENDINGS, folders=False)
         if path is None:
             return
         try:
