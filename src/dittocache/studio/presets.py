@@ -81,7 +81,7 @@ def quick_start(studio: Studio) -> list[str]:
 
 
 def load_file(studio: Studio, path: Path) -> RunConfig:
-    """Put the settings of a YAML or TOML file into the draft; raises ConfigError listing every problem, and changes nothing."""
+    """Put the settings of a YAML or TOML file into the draft; a ConfigError lists every problem and changes nothing."""
     config = load_config(studio.path(path))
     studio.draft.replace(given_settings(config))
     return config
