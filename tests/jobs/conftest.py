@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,9 @@ from PIL import Image
 
 from dittocache.config import RunConfig, check_config
 from dittocache.demo.tiny import save_tiny
+from dittocache.events import EventLog
+from dittocache.jobs.caching import cache_latents, cache_text
+from dittocache.jobs.inputs import RunInputs
 
 # Stands for `python -m dittocache.jobs.stage STAGE --run-dir DIR --lifeline N`: the scenario says what each stage does.
 PLAYER = """#!{python}
@@ -88,6 +92,28 @@ def draw_set(folder: Path, count: int, seed: int = 0) -> Path:
 @pytest.fixture
 def config(tmp_path: Path, tiny_model: Path) -> RunConfig:
     """A run on the tiny checkpoint: 4 samples, 2 held out, everything in the test's own folder."""
+    return tiny_run(tmp_path, tiny_model)
+
+
+@pytest.fixture(scope="session")
+def encoded_store(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The cache of a run like `config`, encoded once for all tests."""
+    run = tiny_run(tmp_path_factory.mktemp("encoded"), tiny_model)
+    for stage, encode in (("cache_latents", cache_latents), ("cache_text", cache_text)):
+        encode(RunInputs(run, run.run_dir), EventLog(run.run_dir / "events.jsonl", stage))
+    assert isinstance(run.cache.cache_dir, Path)
+    return run.cache.cache_dir
+
+
+@pytest.fixture
+def encoded(config: RunConfig, encoded_store: Path) -> None:
+    """The records of `config` are there before the test begins: for tests of what comes after caching."""
+    assert isinstance(config.cache.cache_dir, Path)
+    shutil.copytree(encoded_store, config.cache.cache_dir, ignore=shutil.ignore_patterns("roots", "leases", "*.json"))
+
+
+def tiny_run(tmp_path: Path, tiny_model: Path) -> RunConfig:
+    """The settings of such a run, its data sets drawn."""
     return check_config(
         {
             "name": "tiny",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -59,7 +60,8 @@ class StageProcess:
             self.command += ["--after", str(after)]
             inherited.append(after)
         with self._log.open("ab") as output:
-            output.write(f"== {stage}, {datetime.now().astimezone().isoformat(timespec='seconds')}\n".encode())
+            began = datetime.now().astimezone().isoformat(timespec="seconds")
+            output.write(f"== {stage}, {began}\n$ {shlex.join(self.command[:6])}\n".encode(errors="replace"))
             output.flush()
             self._log_start = output.tell()
             try:

@@ -144,7 +144,7 @@ def _taken_away(run_dir: Path) -> Path:
     if is_locked(run_dir):
         raise StageError(f"the run in {run_dir} is at work; stop it before deleting it")
     trash = run_dir.parent / TRASH_NAME
-    with held_folder(run_dir, wait_seconds=0.0):  # nobody begins anew in it meanwhile
+    with held_folder(run_dir, wait_seconds=0.5):  # nobody begins anew in it meanwhile
         trash.mkdir(exist_ok=True)
         place = trash / f"{run_dir.name}-{time.time_ns()}"
         run_dir.rename(place)
