@@ -40,7 +40,7 @@ CACHED_NAME = "cached.txt"
 WORKERS_NAME = "workers"
 WORKFLOW = "workflow"  # stage name of the events that belong to no single stage
 
-LAST_EVENTS_BYTES = 2**16  # of a stream that may be long; enough to tell how the run stands
+LAST_EVENTS_BYTES = 2**13  # of a stream that may be long; enough to tell how the run stands
 
 State = Literal["new", "running", "finished", "stopped", "failed", "died"]
 
@@ -116,17 +116,22 @@ class Ends:
 
 def run_status(run_dir: Path) -> RunStatus:
     """How the run stands, from its lock and its last events."""
-    path = run_dir / EVENTS_NAME
     live = is_locked(run_dir)
-    window, ends = LAST_EVENTS_BYTES, Ends()
-    while not ends.known:
-        ends = Ends()
-        for event in last_events(path, window):
-            ends.add(event)
-        if not path.exists() or window >= path.stat().st_size:
-            break
-        window *= 16
+    ends, _ = last_told(run_dir)
     return ends.status(live)
+
+
+def last_told(run_dir: Path) -> tuple[Ends, list[Event]]:
+    """The run's last events, as many as it takes to tell how it stands, and what they tell."""
+    path = run_dir / EVENTS_NAME
+    window = LAST_EVENTS_BYTES
+    while True:
+        ends, events = Ends(), last_events(path, window)
+        for event in events:
+            ends.add(event)
+        if ends.known or not path.exists() or window >= path.stat().st_size:
+            return ends, events
+        window *= 16
 
 
 def is_locked(run_dir: Path) -> bool:

@@ -10,18 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dittocache.errors import StageError
-from dittocache.events import EventReader, last_events, number_in, parse_event, read_events
+from dittocache.events import EventReader, number_in, parse_event, read_events
 from dittocache.jobs.following.losses import LossCurve
 from dittocache.jobs.run_folder import (
     CONFIG_NAME,
     EVENTS_NAME,
-    LAST_EVENTS_BYTES,
     SAMPLES_NAME,
     WORKFLOW,
     State,
     held_folder,
     is_locked,
-    run_status,
+    last_told,
 )
 
 TRASH_NAME = ".trash"  # beside the runs: where deleted ones go
@@ -75,8 +74,9 @@ def is_run(folder: Path) -> bool:
 
 def summary_of(run_dir: Path) -> RunSummary:
     """One run at a glance."""
-    status = run_status(run_dir)
-    events = last_events(run_dir / EVENTS_NAME, LAST_EVENTS_BYTES)
+    live = is_locked(run_dir)
+    ends, events = last_told(run_dir)
+    status = ends.status(live)
     started = _last_start(run_dir / EVENTS_NAME)
     updated = events[-1]["time"] if events else started
     step = steps = loss = None
