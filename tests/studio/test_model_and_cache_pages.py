@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,27 @@ def test_the_plan_says_what_and_why(studio: Studio, edits: Path) -> None:
     assert words == "" or "unused" in words  # all are younger than an hour, or used
     assert remove_unused(studio, log, plan)
     assert Store(studio.base / "cache").root.is_dir() and plan_cache(studio).hits == stale.hits
+
+
+async def test_unused_records_go_only_when_that_is_agreed_to(studio: Studio, visit: Visit, edits: Path) -> None:
+    studio.draft.update({**SMALL, "data.path": str(edits), "model.path": "bundled"})
+    config = studio.config()
+    cache_latents(RunInputs(config, config.run_dir), EventLog(config.run_dir / "events.jsonl", "cache"))
+    shutil.rmtree(config.run_dir)
+    shutil.rmtree(studio.base / "cache" / "roots")  # of a run that was at work this hour, or they would stay
+    hours_ago = time.time() - 3 * 3600
+    for file in (studio.base / "cache").rglob("*"):
+        os.utime(file, (hours_ago, hours_ago))
+    before = set(Store(studio.base / "cache").keys())
+    async with visit(studio) as user:
+        await user.open("/cache")
+        for answer, left in (("Keep all", before), ("Remove them", set())):
+            user.find("Remove unused records").click()
+            await user.should_see(f"{len(before)} records", retries=300)  # the dry run
+            user.find(kind=ui.button, content=answer).click()
+            if not left:
+                await user.should_see("Removing unused records: done", retries=300)
+            assert set(Store(studio.base / "cache").keys()) == left
 
 
 def test_without_a_cache_there_is_nothing_to_verify(studio: Studio, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ async def _agreed(words: str) -> bool:
         ui.label(words).classes("log mono")
         with ui.element("div").classes("line end"):
             ui.button("Keep all", on_click=lambda: dialog.submit(False)).props("flat no-caps")
-            ui.button("Remove", on_click=lambda: dialog.submit(True)).props("unelevated no-caps color=negative")
+            ui.button("Remove them", on_click=lambda: dialog.submit(True)).props("unelevated no-caps color=negative")
     agreed = await dialog
     dialog.delete()
     return bool(agreed)
