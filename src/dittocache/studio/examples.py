@@ -10,6 +10,7 @@ from typing import Any
 
 from dittocache.data.browsing import browse
 from dittocache.errors import DataError
+from dittocache.studio.bundled import check_data, is_bundled
 from dittocache.studio.picture_request import chosen_source, source_config
 from dittocache.studio.state import Studio
 from dittocache.studio.uploads import keep_picture
@@ -34,9 +35,7 @@ def pick_example(studio: Studio, given: Mapping[str, Any]) -> Example:
     """
     config = source_config(studio, chosen_source(studio, given))
     data = config.data if config.held_out is None else config.data.held_out(config.held_out)
-    for path in data.paths:
-        if not _is_bundled(studio.base / path):
-            studio.path(path)
+    check_data(studio, config)
     found = browse(data, SIZE_MULTIPLE, studio.home / "memory")
     if not len(found):
         raise DataError("the data set holds no sample that can be read; see page Data")
@@ -46,12 +45,6 @@ def pick_example(studio: Studio, given: Mapping[str, Any]) -> Example:
 
 def _inside(studio: Studio, path: Path) -> Path:
     """The picture, or a copy of a bundled one; a table may name any path, which must be inside as everywhere."""
-    if _is_bundled(path):
+    if is_bundled(path):
         return keep_picture(path.read_bytes(), path.name, studio.home / UPLOADS_NAME)
     return studio.path(path)
-
-
-def _is_bundled(path: Path) -> bool:
-    from dittocache.demo.model import SAMPLES_DIR
-
-    return path.resolve().is_relative_to(SAMPLES_DIR.resolve())

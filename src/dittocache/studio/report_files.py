@@ -11,9 +11,11 @@ from urllib.parse import urlencode
 from fastapi import Response
 from fastapi.responses import FileResponse, PlainTextResponse
 
+from dittocache.config import load_config
 from dittocache.errors import AccessError, DittocacheError
-from dittocache.events import last_events
+from dittocache.events import EventLog, last_events
 from dittocache.jobs.run_folder import CONFIG_NAME, EVENTS_NAME, LAST_EVENTS_BYTES, REPORT_NAME, WORKFLOW
+from dittocache.studio.bundled import check_data
 from dittocache.studio.state import Studio
 
 REPORT_POLICY = (
@@ -51,6 +53,21 @@ def run_reports(studio: Studio) -> list[RunReport]:
         behind = written is not None and _went_on(file.parent / EVENTS_NAME, written)
         found.append((max(written or 0.0, changed or 0.0), RunReport(file.parent, written, behind)))
     return [report for _, report in sorted(found, key=lambda one: -one[0])]
+
+
+def write_report(studio: Studio, run_dir: Path) -> None:
+    """Write the report of a run as it stands, also while it is at work. Run it on the worker: it needs torch.
+
+    Not as a stage of the run, which would become the last thing that the run did. Raises AccessError where its data set
+    is outside the allowed folders, StageError where there is nothing to report, and what reading the data set raises.
+    """
+    from dittocache.jobs.inputs import RunInputs
+    from dittocache.jobs.reporting import report
+
+    folder = studio.path(run_dir)
+    config = load_config(folder / CONFIG_NAME)
+    check_data(studio, config)
+    report(RunInputs(config, folder), EventLog(Path(os.devnull), "report"))
 
 
 def report_url(report: RunReport) -> str:

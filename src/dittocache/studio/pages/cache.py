@@ -54,7 +54,6 @@ class CachePage:
             self._progress.set_visibility(False)
             self._done = ui.label().classes("log mono")
             self._done.set_visibility(False)
-        ui.timer(0, self._load, once=True)
         ui.timer(2.0, self._follow)
         ui.timer(0.5, self._show_work)
 

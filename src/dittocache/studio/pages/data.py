@@ -45,7 +45,6 @@ class DataPage:
                 self._next = ui.element("div").classes("line shrink")
         self._findings = ui.element("div").classes("stack")
         self._gallery = Gallery(studio, self._load)
-        ui.timer(0, self._load, once=True)
         ui.timer(2.0, self._follow)
 
     async def _follow(self) -> None:

@@ -50,7 +50,7 @@ class ModelPage:
                 self._next = ui.element("div").classes("line shrink")
         self._findings = ui.element("div").classes("stack")
         ui.timer(0, self._begin, once=True)
-        ui.timer(2.0, self._follow)
+        ui.timer(2.0, self._follow, immediate=False)
 
     def _select(self, name: str, label: str, options: list[str]) -> ui.select:
         select = ui.select(options, label=label, on_change=lambda event: self._give(name, event.value))

@@ -5,19 +5,13 @@ from __future__ import annotations
 from datetime import datetime
 from pathlib import Path
 
-from nicegui import run, ui
+from nicegui import ui
 
-from dittocache.config import load_config
 from dittocache.errors import DittocacheError
-from dittocache.jobs.background.starting import start_run
-from dittocache.jobs.following.follower import RunFollower
-from dittocache.jobs.run_folder import CONFIG_NAME, is_locked
 from dittocache.studio.layout import card, heading, problems_list
-from dittocache.studio.report_files import RunReport, report_url, reports_or_problem
+from dittocache.studio.report_files import RunReport, report_url, reports_or_problem, write_report
 from dittocache.studio.shown import shown
 from dittocache.studio.state import Studio
-
-STAGES = ("report",)
 
 
 def page(studio: Studio) -> None:
@@ -34,7 +28,7 @@ class _Reports:
         self._studio = studio
         self._opened = opened
         self._shown: list[RunReport] | None = None
-        self._writing: dict[Path, RunFollower] = {}
+        self._writing: set[Path] = set()
         with card():
             self._entries = ui.element("div").classes("entries").mark("reports")
         self._frame = ui.element("div").classes("stack")
@@ -42,15 +36,6 @@ class _Reports:
         ui.timer(1.0, self._look)
 
     def _look(self) -> None:
-        for run_dir in [folder for folder in self._writing if not is_locked(folder)]:
-            follower = self._writing.pop(run_dir)
-            follower.poll()
-            failure = follower.view().failure
-            if failure is not None:
-                ui.notify(shown(f"No report was written: {failure.error} {failure.hint}", 500), type="negative")
-            else:
-                self._opened = run_dir.name
-            self._shown = None
         found, problem = reports_or_problem(self._studio)
         if found == self._shown:
             return
@@ -97,16 +82,21 @@ class _Reports:
             frame.props["title"] = f"Report of {shown(report.run_dir.name)}"
 
     async def _write(self, report: RunReport) -> None:
+        self._writing.add(report.run_dir)
+        self._show_again()
         try:
-            config = await run.io_bound(load_config, report.run_dir / CONFIG_NAME)
-            config = config.model_copy(update={"output_dir": report.run_dir.parent, "name": report.run_dir.name})
-            await run.io_bound(start_run, config, STAGES, cwd=self._studio.base)
+            await self._studio.worker.run(write_report, self._studio, report.run_dir)
+            self._opened = report.run_dir.name
         except DittocacheError as error:
-            ui.notify(shown(error, 500), type="negative", multi_line=True)
-            return
-        self._writing[report.run_dir] = RunFollower(report.run_dir)
+            ui.notify(f"No report was written: {shown(error, 500)}", type="negative", multi_line=True)
+        finally:
+            self._writing.discard(report.run_dir)
+        self._show_again()
+
+    def _show_again(self) -> None:
         self._shown = None
-        self._look()
+        if not self._entries.is_deleted:
+            self._look()
 
 
 def _when(report: RunReport) -> str:

@@ -50,7 +50,6 @@ class _Runs:
             self._entries = ui.element("div").classes("entries").mark("runs")
             with self._entries:
                 ui.label("Looking at the runs …").classes("muted")
-        ui.timer(0, self._look, once=True)
         ui.timer(1.5, self._look)
 
     async def _look(self) -> None:

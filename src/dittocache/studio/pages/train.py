@@ -62,7 +62,6 @@ class TrainPage:
             self._told.set_visibility(False)
             self._form = SettingsForm(studio, self._changed)
         self._changed()
-        ui.timer(0, self._choose_run, once=True)
         ui.timer(2.0, self._choose_run)
         ui.timer(1.5, self._estimate)
 

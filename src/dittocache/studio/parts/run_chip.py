@@ -25,7 +25,6 @@ class RunChip:
             ui.icon("play_circle")
             self._words = ui.label()
         self._link.set_visibility(False)
-        ui.timer(0, self._poll, once=True)
         ui.timer(POLL_SECONDS, self._poll)
 
     async def _poll(self) -> None:
