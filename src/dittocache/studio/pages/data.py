@@ -121,6 +121,8 @@ def _show_findings(found: Browsed | None) -> None:
         return
     if found.problems:
         problems_list(found.problems, "This keeps the set from being trained on")
+        if any("no caption" in problem for problem in found.problems):
+            ui.label("A caption can be written here: click its picture below.").classes("note")
     for note in found.notes:
         ui.label(shown(note, 1000)).classes("note")
     sizes = found.buckets()

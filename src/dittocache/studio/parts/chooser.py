@@ -132,10 +132,13 @@ class _Chooser:
             for file in found.files:
                 self._entry(file, "draft", lambda file=file: self.dialog.submit(file))
             if not found.folders and not found.files:
-                ui.label(found.problem or "nothing to choose in here").classes("muted small q-pa-sm")
+                nothing = "no other folders in here" if found.pictures else "nothing to choose in here"
+                ui.label(found.problem or nothing).classes("muted small q-pa-sm")
         pictures = f"{found.pictures} pictures in this folder" if found.pictures else "no pictures in this folder"
         more = f"; {found.left_out} more entries are not listed" if found.left_out else ""
-        self._what.set_text(pictures + more)
+        top = not self._studio.roots.holds(folder.parent)
+        other = ". For folders elsewhere, start the Studio with --root FOLDER" if top else ""
+        self._what.set_text(pictures + more + other)
 
     def _entry(self, path: Path, icon: str, chosen: object) -> None:
         with ui.element("button").classes("chooser-entry").on("click", chosen):
