@@ -10,7 +10,8 @@ from dittocache.config import check_config, load_config, save_config
 from dittocache.errors import AccessError, ConfigError
 from dittocache.studio.draft import Draft, given_settings
 from dittocache.studio.form_fields import GROUPS, FormField, form_fields, problems_by_field, shown_value, typed_value
-from dittocache.studio.presets import load_file, preset_settings, presets, save_file
+from dittocache.studio.memory import memory_words
+from dittocache.studio.presets import is_bare, load_file, preset_settings, presets, quick_start, save_file
 from dittocache.studio.state import Studio
 from dittocache.studio.training import outside_problems
 
@@ -141,3 +142,23 @@ def test_no_setting_leads_outside_the_roots(studio: Studio, name: str) -> None:
     problems = outside_problems(studio, config)
     assert len(problems) == 1 and problems[0].startswith(f"{name}: ")
     assert outside_problems(studio, check_config({}, {**PLACES, name: "inside/it"})) == []
+
+
+def test_nothing_outside_the_roots_is_looked_at(studio: Studio, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    for name, path in (("data.path", tmp_path / "pictures"), ("model.path", tmp_path / "model")):
+        studio.draft.replace({"data.path": "mine", "model.path": "bundled", name: str(path)})
+        with pytest.raises(ConfigError, match=f"{name}: .*outside the Studio's folders"):
+            quick_start(studio)
+        assert "outside the Studio's folders" in memory_words(studio, studio.draft.given).text
+
+
+def test_quick_start_chooses_for_data_and_model(studio: Studio, edits: Path) -> None:
+    studio.draft.replace({"data.path": str(edits), "model.path": "bundled", "model.device": "cpu"})
+    assert is_bare(studio.draft.given)
+    told = quick_start(studio)
+    assert "4 samples, a qwen-image-edit-plus" in told[0] and not any("--" in one for one in told)
+    assert not is_bare(studio.draft.given)
+    assert studio.draft.given["data.resolution"] == 128 and studio.config().name == "edits"
+    words = memory_words(studio, studio.draft.given)
+    assert words.total and words.text.startswith("Memory for training about")

@@ -8,6 +8,8 @@ from typing import Any
 
 from dittocache.config import check_config
 from dittocache.errors import DittocacheError
+from dittocache.studio.state import Studio
+from dittocache.studio.training import refuse_outside
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class MemoryWords:
     total: int | None = None
 
 
-def memory_words(given: Mapping[str, Any]) -> MemoryWords:
-    """The memory plan of these settings by dotted name; nothing is loaded."""
+def memory_words(studio: Studio, given: Mapping[str, Any]) -> MemoryWords:
+    """The memory plan of these settings by dotted name; nothing is loaded. Needs torch: run it on the worker."""
     import torch
 
     from dittocache.jobs.inputs import RunInputs
@@ -32,6 +34,7 @@ def memory_words(given: Mapping[str, Any]) -> MemoryWords:
 
     try:
         config = check_config({}, given)
+        refuse_outside(studio, config)
         inputs = RunInputs(config, config.run_dir)
         plan = forecast_memory(inputs)
         warning = memory_warning(plan, torch.device(inputs.device))

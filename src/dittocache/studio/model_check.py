@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dittocache.config import BUNDLED
-from dittocache.errors import DittocacheError
+from dittocache.config import BUNDLED, RunConfig, check_config
+from dittocache.errors import ConfigError, DittocacheError
 from dittocache.studio.state import Studio
 from dittocache.studio.training import outside_problems
 
@@ -50,48 +52,42 @@ class ModelCheck:
 
 
 def check_model(studio: Studio) -> ModelCheck | None:
-    """Look at the draft's checkpoint; None where none is chosen yet. Nothing is loaded or downloaded."""
-    if not studio.draft.given.get("model.path"):
-        return None
-    problems: list[str] = []
-    try:
-        config = studio.config({"data.path": str(studio.base), "data.sets": None})
-        outside = [one for one in outside_problems(studio, config) if one.startswith("model.path")]
-    except DittocacheError as error:
-        named = [one for one in error.problems if one.startswith("model.")]
-        if named:
-            return ModelCheck(problems=tuple(named))
-        from dittocache.config import check_config
+    """Look at the draft's checkpoint; None where none is chosen yet. Nothing is loaded or downloaded.
 
-        given = {name: value for name, value in studio.draft.given.items() if name.startswith("model.")}
+    Needs torch: run it on the worker.
+    """
+    given = {name: value for name, value in studio.draft.given.items() if name.startswith("model.")}
+    if not given.get("model.path"):
+        return None
+    try:
         config = check_config({}, {**given, "data.path": str(studio.base)})
-        outside = [one for one in outside_problems(studio, config) if one.startswith("model.path")]
-    if outside:
-        return ModelCheck(problems=tuple(outside))
+    except ConfigError as error:
+        return ModelCheck(problems=error.problems)
+    outside = [one for one in outside_problems(studio, config) if one.startswith("model.")]
+    return ModelCheck(problems=tuple(outside)) if outside else _look(config)
+
+
+def _look(config: RunConfig) -> ModelCheck:
+    """What is in the folder of a checkpoint, and whether it can be trained."""
     from dittocache.embeddings.planning.identity import model_folder
     from dittocache.families.loading import model_index
     from dittocache.jobs.inputs import RunInputs
     from dittocache.jobs.validation import model_problems
 
     inputs = RunInputs(config, config.run_dir)
+    problems: list[str] = []
     folder, family, pipeline, device = "", "", "", ""
     components: tuple[Component, ...] = ()
-    try:
+    with _listed(problems, "model.path: "):
         folder = str(model_folder(inputs.model))
         index = model_index(folder)
-        pipeline = str(index.get("_class_name", ""))
-        components = _components(Path(folder), index)
+        pipeline, components = str(index.get("_class_name", "")), _components(Path(folder), index)
         problems += model_problems(inputs.model)
-    except DittocacheError as error:
-        problems.append(f"model.path: {error}")
-    try:
-        family = inputs.family.name if folder else ""
-    except DittocacheError as error:
-        problems.append(f"model.family: {error}")
-    try:
+    if folder:
+        with _listed(problems, "model.family: "):
+            family = inputs.family.name
+    with _listed(problems):
         device = inputs.device
-    except DittocacheError as error:
-        problems += error.problems or [str(error)]
     return ModelCheck(folder, family, pipeline, device, components, tuple(dict.fromkeys(problems)))
 
 
@@ -117,6 +113,15 @@ def known_families() -> list[str]:
     from dittocache.families.registry import FAMILIES
 
     return sorted(FAMILIES)
+
+
+@contextmanager
+def _listed(problems: list[str], prefix: str = "") -> Iterator[None]:
+    """Add what the block raises to `problems`."""
+    try:
+        yield
+    except DittocacheError as error:
+        problems.extend(prefix + one for one in error.problems or [str(error)])
 
 
 def _components(folder: Path, index: dict[str, object]) -> tuple[Component, ...]:

@@ -11,6 +11,7 @@ from dittocache.config import RunConfig, load_config, save_config
 from dittocache.errors import ConfigError
 from dittocache.studio.draft import given_settings
 from dittocache.studio.state import Studio
+from dittocache.studio.training import refuse_outside
 
 OWN = ("name", "output_dir", "held_out", "data.path", "data.sets", "data.control_path", "cache.cache_dir")
 """What a preset leaves as the draft has it: where things are."""
@@ -67,10 +68,12 @@ def is_bare(given: Mapping[str, Any]) -> bool:
 def quick_start(studio: Studio) -> list[str]:
     """Put into the draft what suits its data and its model, and return in words what was chosen.
 
-    Raises ConfigError listing what is missing or wrong.
+    Raises ConfigError listing what is missing or wrong, paths outside the allowed folders among it. Needs torch: run it
+    on the worker.
     """
     from dittocache.jobs.quick_start import quick_config
 
+    refuse_outside(studio, studio.config())
     given = studio.draft.given
     told: list[str] = []
     overrides = {name: given[name] for name in (*OWN, "model.family", "model.device") if name in given}

@@ -70,10 +70,15 @@ def serve_line() -> None:
 def checked_config(studio: Studio) -> RunConfig:
     """The draft's settings; raises ConfigError listing every problem, paths outside the allowed folders among them."""
     config = studio.config()
+    refuse_outside(studio, config)
+    return config
+
+
+def refuse_outside(studio: Studio, config: RunConfig) -> None:
+    """Raise ConfigError listing the paths of settings that are outside the allowed folders, if any are."""
     problems = outside_problems(studio, config)
     if problems:
         raise ConfigError(f"{len(problems)} path(s) are outside the Studio's folders", problems)
-    return config
 
 
 def outside_problems(studio: Studio, config: RunConfig) -> list[str]:

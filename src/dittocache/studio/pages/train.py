@@ -98,7 +98,7 @@ class TrainPage:
         if given == self._memory_of or is_bare(given):
             return
         self._memory_of = given
-        words = await self._studio.worker.run(memory_words, given)
+        words = await self._studio.worker.run(memory_words, self._studio, given)
         if not self._memory.is_deleted:
             self._memory.set_text(shown(words.text, 1000))
             self._warning.set_text(shown(words.warning, 500))
@@ -109,7 +109,8 @@ class TrainPage:
         self._train.disable()
         self._starting = True
         try:
-            if is_bare(self._studio.draft.given):
+            given = self._studio.draft.given
+            if is_bare(given) and {"data.path", "model.path"} <= given.keys():
                 self._say("\n".join(await self._studio.worker.run(quick_start, self._studio)))
                 self._form.refresh()
             run_dir = await self._studio.worker.run(start_training, self._studio)

@@ -9,6 +9,7 @@ from dittocache.errors import DittocacheError
 from dittocache.studio.memory import memory_words
 from dittocache.studio.presets import Preset, preset_settings, presets
 from dittocache.studio.state import Studio
+from dittocache.studio.training import refuse_outside
 from dittocache.studio.words import byte_count
 
 
@@ -54,7 +55,7 @@ class _PresetDialog:
         if "data.path" not in given or "model.path" not in given:
             return
         for preset in presets():
-            total = await self._studio.worker.run(_estimate, preset, given)
+            total = await self._studio.worker.run(_estimate, self._studio, preset, given)
             if self.dialog.is_deleted:
                 return
             if total is not None:
@@ -63,7 +64,7 @@ class _PresetDialog:
                 self._estimates[preset.name].set_text(f"With your data and model: about {byte_count(total)} on the GPU")
 
 
-def _estimate(preset: Preset, given: dict[str, object]) -> int | None:
+def _estimate(studio: Studio, preset: Preset, given: dict[str, object]) -> int | None:
     """Bytes on the device; None where the preset is for another family, or that is not known."""
     from dittocache.jobs.inputs import RunInputs
 
@@ -72,8 +73,9 @@ def _estimate(preset: Preset, given: dict[str, object]) -> int | None:
         own = {**settings, "model.path": given["model.path"]}
         without = {name: value for name, value in own.items() if name != "model.family"}
         config = check_config({}, without)
+        refuse_outside(studio, config)
         if RunInputs(config, config.run_dir).family.name != settings.get("model.family"):
             return None
     except DittocacheError:
         return None
-    return memory_words(own).total
+    return memory_words(studio, own).total
