@@ -12,7 +12,7 @@ from dittocache.config import check_config, save_config
 from dittocache.errors import AccessError, StageError
 from dittocache.events import EventLog
 from dittocache.jobs.run_folder import held_folder
-from dittocache.studio.report_files import endpoints, report_url, run_reports
+from dittocache.studio.report_files import endpoints, report_url, run_reports, write_report
 from dittocache.studio.run_history import LossCurves, all_runs, delete_run
 from dittocache.studio.safety import SafetyMiddleware
 from dittocache.studio.state import Studio
@@ -116,3 +116,23 @@ def test_a_report_that_is_behind_its_run_says_so(studio: Studio) -> None:
     assert [report.behind for report in run_reports(studio)] == [False]
     EventLog(folder / "events.jsonl", "train").emit("metric", step=1, loss=0.5)
     assert [report.behind for report in run_reports(studio)] == [True]
+
+
+def test_a_report_is_written_beside_the_run_and_says_nothing_in_its_stream(studio: Studio, edits: Path) -> None:
+    folder = _run(studio, "run", [0.5, 0.4])
+    settings = {"model": {"path": "bundled"}, "data": {"path": str(edits), "resolution": 64}}
+    save_config(check_config(settings), folder / "config.yaml")
+    EventLog(folder / "events.jsonl", "train").emit("result", steps=2, seconds_per_step=0.1)
+    before = (folder / "events.jsonl").read_bytes()
+    write_report(studio, folder)
+    assert "make number" in (folder / "report.html").read_text(encoding="utf-8")
+    assert (folder / "events.jsonl").read_bytes() == before, "the training stays the last thing that the run did"
+
+
+def test_no_report_shows_data_from_outside(studio: Studio, edits: Path, tmp_path: Path) -> None:
+    for settings in ({"data": {"path": str(tmp_path)}}, {"data": {"path": str(edits)}, "held_out": str(tmp_path)}):
+        folder = _run(studio, "run", [0.5])
+        save_config(check_config({"model": {"path": "bundled"}, **settings}), folder / "config.yaml")
+        with pytest.raises(AccessError):
+            write_report(studio, folder)
+        assert not (folder / "report.html").exists()
