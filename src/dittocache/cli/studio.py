@@ -35,8 +35,8 @@ def studio(
     port
         Port to listen on.
     root
-        Folder that the Studio may read and write; may be given several times. The first is where relative paths start
-        from, and the working directory is it when left out.
+        Folder that the Studio may read and write; may be given several times. Relative paths start from the first. The
+        working directory when none is given.
     allow_host
         Further name that browsers reach it by, such as that of a proxy; may be given several times.
     browser
