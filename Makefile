@@ -13,10 +13,10 @@ TEST_ARGS ?=
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench screenshots clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 setup: $(INSTALLED)  ## create .venv and install dittocache with its development tools
 
@@ -47,6 +47,9 @@ lint: $(INSTALLED)  ## style, formatting, strict types and layers
 bench: $(INSTALLED)  ## run the CPU benchmarks; tables go to benchmarks/results
 	@set -e; for script in benchmarks/*.py; do \
 		echo "== $$script"; $(OFFLINE) $(BIN)/python $$script; done
+
+screenshots: $(INSTALLED)  ## make the docs' pictures of the Studio anew; needs Chromium
+	$(OFFLINE) $(BIN)/python -m tests.studio.browser.screenshots
 
 clean:  ## remove build products, tool caches and the demo's run; .venv stays
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache runs/demo

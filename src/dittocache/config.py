@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,18 +91,23 @@ class RunConfig(Settings):
 
 
 def load_config(path: Path, overrides: Mapping[str, Any] | None = None, named_cache: str | None = None) -> RunConfig:
-    """Read a YAML file, apply `overrides` (`{"train.steps": 20}`) on top and check everything; as `check_config`.
+    """Read a YAML or TOML file, apply `overrides` (`{"train.steps": 20}`) on top, check everything; as `check_config`.
 
     Raises ConfigError that lists every problem: the setting's dotted name, what was found, what is expected.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        text = path.read_text(encoding="utf-8-sig")
+        content = tomllib.loads(text) if path.suffix == ".toml" else yaml.load(text, Loader=_StrictLoader)
     except FileNotFoundError as error:
-        raise ConfigError(f"there is no config file {path}; give the path of a YAML file with --config") from error
+        raise ConfigError(
+            f"there is no config file {path}; give the path of a YAML or TOML file with --config"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the config file {path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    except tomllib.TOMLDecodeError as error:  # its message ends in the line and column
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
     if content is None:
         content = {}
     if not isinstance(content, dict):

@@ -11,6 +11,7 @@
     +-- StepCacheError         TeaCache cannot be applied, or was used out of turn
     +-- ReferenceCacheError    the reference-image KV cache cannot be applied
     +-- StageError             a stage of a job failed
+    +-- AccessError            the Studio refuses a path outside its folders, or an upload of another kind or size
 
 Messages say what was found, what was expected and how to mend it. `problems` lists all of
 them when several were found at once.
@@ -76,3 +77,7 @@ class ReferenceCacheError(DittocacheError, ValueError):
 
 class StageError(DittocacheError):
     """A stage of a job failed."""
+
+
+class AccessError(DittocacheError):
+    """The Studio refuses a path outside its folders, or an upload of another kind or size."""

@@ -22,8 +22,9 @@ from dittocache.demo.model import SAMPLES_DIR
 from dittocache.demo.tiny import save_tiny
 from dittocache.errors import CacheError
 from dittocache.jobs.demo_job import demo_config
+from dittocache.jobs.results import describe_result
 from dittocache.jobs.stages import CACHE, DEMO, TRAIN
-from dittocache.jobs.terminal import TerminalListener, describe_result
+from dittocache.jobs.terminal import TerminalListener
 from dittocache.jobs.workflow import StageFailed, WorkflowStopped
 
 COMMANDS = ("demo", "plan", "cache", "train", "generate", "report")

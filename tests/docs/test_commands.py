@@ -97,6 +97,12 @@ def test_commands(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pyt
     if words[:2] == ["dittocache", "cache"] and words[2] in WITHOUT_WORKFLOW:
         command, _, _ = cli.app.parse_args(words[1:], exit_on_error=False, print_error=False)
         assert command.__name__.rstrip("_") == words[2]
+    elif words[:2] == ["dittocache", "studio"]:  # it would listen until it is ended; tests/studio start it
+        command, _, _ = cli.app.parse_args(words[1:], exit_on_error=False, print_error=False)
+        assert command.__name__ == "studio"
+    elif words[:2] == ["dittocache", "queue"]:  # carried out by tests/cli/test_queue.py and tests/jobs/test_queue.py
+        command, _, _ = cli.app.parse_args(words[1:], exit_on_error=False, print_error=False)
+        assert command.__name__.removesuffix("_jobs") == words[2]
     elif words[0] == "dittocache":
         assert cli.run(words[1:]) == 0
         assert asked.stages or "planned" in capsys.readouterr().out

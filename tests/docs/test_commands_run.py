@@ -26,7 +26,7 @@ def page_commands() -> list[Any]:
     pages: dict[str, list[list[str]]] = {page.name: [] for page in PAGES}
     for parameter in commands():
         words = parameter.values[0]
-        if words[0] == "dittocache" or words[:3] == [
+        if (words[0] == "dittocache" and words[1] != "studio") or words[:3] == [
             "python",
             "-m",
             "dittocache.main",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,13 @@ from PIL import Image
 
 from dittocache.config import RunConfig, check_config
 from dittocache.demo.tiny import save_tiny
+from dittocache.events import EventLog
+from dittocache.jobs.caching import cache_latents, cache_text
+from dittocache.jobs.inputs import RunInputs
 
 # Stands for `python -m dittocache.jobs.stage STAGE --run-dir DIR --lifeline N`: the scenario says what each stage does.
 PLAYER = """#!{python}
-import json, os, signal, sys, time
+import json, os, signal, subprocess, sys, time
 sys.path[:0] = {paths!r}
 from pathlib import Path
 from dittocache.events import EventLog
@@ -34,6 +38,10 @@ signal.signal(signal.SIGINT, stop)
 log.emit("stage_started", pid=os.getpid(), command=sys.argv)
 for fields in script.get("results", []):
     log.emit("result", **fields)
+for _ in range(script.get("children", 0)):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    with (run_dir / "children").open("a") as children:
+        children.write(f"{{child.pid}} ")
 sys.stdout.write(script.get("stdout", ""))
 sys.stderr.write(script.get("stderr", ""))
 sys.stdout.flush(); sys.stderr.flush()
@@ -84,6 +92,28 @@ def draw_set(folder: Path, count: int, seed: int = 0) -> Path:
 @pytest.fixture
 def config(tmp_path: Path, tiny_model: Path) -> RunConfig:
     """A run on the tiny checkpoint: 4 samples, 2 held out, everything in the test's own folder."""
+    return tiny_run(tmp_path, tiny_model)
+
+
+@pytest.fixture(scope="session")
+def encoded_store(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The cache of a run like `config`, encoded once for all tests."""
+    run = tiny_run(tmp_path_factory.mktemp("encoded"), tiny_model)
+    for stage, encode in (("cache_latents", cache_latents), ("cache_text", cache_text)):
+        encode(RunInputs(run, run.run_dir), EventLog(run.run_dir / "events.jsonl", stage))
+    assert isinstance(run.cache.cache_dir, Path)
+    return run.cache.cache_dir
+
+
+@pytest.fixture
+def encoded(config: RunConfig, encoded_store: Path) -> None:
+    """The records of `config` are there before the test begins: for tests of what comes after caching."""
+    assert isinstance(config.cache.cache_dir, Path)
+    shutil.copytree(encoded_store, config.cache.cache_dir, ignore=shutil.ignore_patterns("roots", "leases", "*.json"))
+
+
+def tiny_run(tmp_path: Path, tiny_model: Path) -> RunConfig:
+    """The settings of such a run, its data sets drawn."""
     return check_config(
         {
             "name": "tiny",

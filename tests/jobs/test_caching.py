@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.jobs.conftest import draw_set
 
 from dittocache.config import RunConfig, check_config, save_config
+from dittocache.embeddings.planning.manifest import Manifest
 from dittocache.embeddings.store import roots
 from dittocache.embeddings.store.store import Store
 from dittocache.errors import ConfigError
@@ -21,6 +23,7 @@ from dittocache.jobs import worker_processes
 from dittocache.jobs.cache_removal import remove_cache
 from dittocache.jobs.caching import cache_latents, cache_text, encode_beside, settings_for_ray
 from dittocache.jobs.inputs import RunInputs, load_manifest
+from dittocache.jobs.lora_training import live_source
 from dittocache.jobs.worker_processes import WorkerProcesses
 
 Play = Callable[[dict[str, Any]], str]
@@ -152,6 +155,39 @@ def test_a_cache_that_is_not_kept_loses_what_no_other_run_uses(config: RunConfig
 def test_a_cache_that_is_kept_is_not_noted_for_removal(config: RunConfig) -> None:
     remove_cache(cached(config), EventLog(config.run_dir / "events.jsonl", "remove_cache"))
     assert len(records(config)) == RECORDS
+
+
+def test_latents_can_be_kept_and_prompts_removed(config: RunConfig) -> None:
+    passing = check_config(config.model_dump(), {"cache.text_keep_cache": False})
+    remove_cache(cached(passing), EventLog(config.run_dir / "events.jsonl", "remove_cache"))
+    manifest = Manifest.load(config.run_dir / "manifest.json")
+    latents = {key for keys in manifest.samples.values() for name, key in keys.items() if "prompt" not in name}
+    assert records(config).keys() == latents
+
+
+def test_latents_can_be_encoded_again_and_prompts_left_alone(config: RunConfig) -> None:
+    cached(config)
+    before = records(config)
+    cached(check_config(config.model_dump(), {"cache.latent_skip_existing": False}))
+    changed = {key for key, written in records(config).items() if written != before[key]}
+    manifest = Manifest.load(config.run_dir / "manifest.json")
+    assert changed == {key for keys in manifest.samples.values() for name, key in keys.items() if "prompt" not in name}
+
+
+def test_text_encoders_in_8_bits_make_embeddings_of_their_own_keys_close_to_the_others(config: RunConfig) -> None:
+    manifests = []
+    for fp8 in (False, True):
+        inputs = cached(check_config(config.model_dump(), {"cache.text_encoder_fp8": fp8}))
+        manifests.append(load_manifest(inputs))
+    plain, rounded = (manifest.samples["edit-0"] for manifest in manifests)
+    assert plain["image_latents"] == rounded["image_latents"]
+    assert plain["prompt_embeds"] != rounded["prompt_embeds"]
+    first, second = (inputs.store.read(keys["prompt_embeds"]).float() for keys in (plain, rounded))
+    error = ((first - second).norm() / first.norm()).item()
+    assert 0 < error < 0.2
+    # Live training encodes with the same weights: what is in the cache is what it would compute.
+    [live] = live_source(inputs).load(["edit-0"])
+    assert torch.equal(live["prompt_embeds"].float(), second)
 
 
 def test_settings_for_ray_stand_on_their_own(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from dittocache.jobs.failures import describe_returncode, hint_for, last_lines
         (1, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "memory ran out"),
         (1, "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory", "memory ran out"),
         (1, "OSError: [Errno 28] No space left on device: 'x'", "the disk is full"),
+        (1, "SafetensorError: I/O error: No space left on device (os error 28)", "the disk is full"),
         (1, "PermissionError: [Errno 13] Permission denied: '/cache'", "cannot be written"),
         (1, "FileNotFoundError: [Errno 2] No such file or directory: 'x.png'", "is missing"),
         (1, "ModuleNotFoundError: No module named 'peft'", "a package is missing"),

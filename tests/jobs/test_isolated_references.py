@@ -24,6 +24,7 @@ from dittocache.training.checkpoint import checkpoints
 from dittocache.training.lora import WEIGHT_NAME, read_reference_visibility
 
 CACHED = ("validate", "cache_latents", "cache_text")
+pytestmark = pytest.mark.usefixtures("encoded")
 
 
 def _isolated(config: RunConfig, **settings: Any) -> RunConfig:

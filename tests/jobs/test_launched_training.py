@@ -23,6 +23,7 @@ from dittocache.training.checkpoint import checkpoints
 from dittocache.training.lora import WEIGHT_NAME, read_settings
 
 CACHED = ("validate", "cache_latents", "cache_text")
+pytestmark = pytest.mark.usefixtures("encoded")
 TWO = ("--multi_gpu", "--num_processes", "2", "--main_process_port", str(25_000 + os.getpid() % 5_000))
 
 

@@ -18,7 +18,8 @@ from dittocache.families.defaults import suggested_settings
 from dittocache.families.registry import FAMILIES
 from dittocache.jobs.inputs import RunInputs
 from dittocache.jobs.live_encoders import LiveEncoders
-from dittocache.jobs.quick_start import quick_config, run_name, steps_for
+from dittocache.jobs.quick_start import quick_config, steps_for
+from dittocache.jobs.run_names import run_name
 from dittocache.jobs.training_memory import (
     encoder_bytes,
     fit_to_memory,

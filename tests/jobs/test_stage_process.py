@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from tests.jobs.conftest import draw_set
+from tests.jobs.test_whole_run import carry_out
 
 from dittocache.config import RunConfig, check_config, save_config
 from dittocache.events import read_events
@@ -19,10 +20,11 @@ from dittocache.jobs.process import StageProcess
 from dittocache.jobs.run_folder import held_folder
 from dittocache.jobs.workflow import StageFailed, run_workflow
 
-# A stage that waits: what happens to its process is the same for all of them.
+# A stage that waits: what happens to its process is the same for all of them, without what they work on, too.
 WAITING = """
-import sys, time
+import sys, time, types
 from dittocache.jobs import stage, stages
+sys.modules["dittocache.jobs.inputs"] = types.SimpleNamespace(RunInputs=lambda *arguments: None)
 waiting = stages.Stage("validate", "__main__", "wait", "Waiting")
 stages.STAGES["validate"] = waiting
 def wait(inputs, log):
@@ -94,7 +96,7 @@ def test_after_kill_9_while_caching_nothing_finished_is_encoded_again(config: Ru
         process.send(signal.SIGKILL)
         assert process.wait(30) == -signal.SIGKILL
     finished = {path.name: path.stat().st_mtime_ns for path in objects.rglob("*.safetensors")}
-    run_workflow(config, ["validate", "cache_latents"])
+    carry_out(config, "validate", "cache_latents")
     found = results(config, "cache_latents")
     assert found["reused"] == len(finished)
     assert found["encoded"] == 25 - len(finished)  # 12 times two latents, and one plain fact that all share

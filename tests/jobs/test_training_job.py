@@ -28,6 +28,7 @@ from dittocache.training.lora import WEIGHT_NAME, add_lora, read_settings
 from dittocache.training.sources import MixedSource
 
 CACHED = ("validate", "cache_latents", "cache_text")
+pytestmark = pytest.mark.usefixtures("encoded")
 
 
 def _with(config: RunConfig, **settings: Any) -> RunConfig:
@@ -205,7 +206,6 @@ def test_two_processes_share_one_run_with_pictures(config: RunConfig) -> None:
 
 
 def test_an_error_in_one_of_two_processes_ends_both(config: RunConfig) -> None:
-    carry_out(config, *CACHED)
     shared = _with(config, processes=2)
     save_config(shared, shared.run_dir / "config.yaml")
     (shared.run_dir / "manifest.json").write_text("{}")

@@ -149,6 +149,25 @@ def test_a_whole_checkpoint_has_no_problems(tiny_model: Path) -> None:
     assert model_problems(str(tiny_model)) == []
 
 
+def test_a_component_that_is_a_folder_of_text_or_cut_short_is_told_by_file(tiny_model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    shutil.rmtree(broken / "vae")
+    (broken / "vae").mkdir()
+    (broken / "vae" / "notes.txt").write_text("the VAE goes here")
+    (broken / "transformer" / "config.json").write_text("not JSON")
+    weights = broken / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    found = {
+        problem.split(f"{broken}/")[1].split("/")[0].split()[0]: problem for problem in model_problems(str(broken))
+    }
+    assert found.keys() == {"transformer", "text_encoder", "vae"}
+    assert "config.json cannot be read" in found["transformer"]
+    assert "holds notes.txt and no config.json" in found["vae"]
+    assert "model.safetensors cannot be read" in found["text_encoder"]
+    assert "cut short: download it again" in found["text_encoder"]
+
+
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_device("cpu", "model.device") == "cpu"
     monkeypatch.setattr(run_inputs.torch.cuda, "is_available", lambda: True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -16,9 +17,10 @@ import pytest
 
 from dittocache.config import RunConfig, check_config, load_config
 from dittocache.errors import StageError
-from dittocache.events import Event, read_events
-from dittocache.jobs import workflow
+from dittocache.events import Event, EventLog, read_events
+from dittocache.jobs import stopper, workflow
 from dittocache.jobs.run_folder import is_locked, run_status
+from dittocache.jobs.stage import run_stage
 from dittocache.jobs.stages import TRAIN
 from dittocache.jobs.workflow import StageFailed, WorkflowStopped, run_workflow
 from dittocache.training.config import TrainConfig
@@ -152,6 +154,40 @@ def test_the_output_of_a_stage_is_its_own(run: RunConfig, play: Play) -> None:
     assert "from validate" in (run.run_dir / "log.txt").read_text()
 
 
+def test_a_stage_that_runs_out_of_disk_says_so_though_it_could_tell_no_event(run: RunConfig, play: Play) -> None:
+    words = "Traceback (most recent call last):\nOSError: [Errno 28] No space left on device: 'events.jsonl'\n"
+    with pytest.raises(StageFailed) as caught:
+        run_workflow(run, TRAIN, python=play({"cache_latents": {"stderr": words, "code": 1}}))
+    assert "hint: the disk is full: free space" in str(caught.value)
+    status = run_status(run.run_dir)
+    assert (status.state, status.stage) == ("failed", "cache_latents")
+
+
+def test_a_full_disk_under_the_run_folder_is_plain_words(
+    run: RunConfig, play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    python = play({})
+    monkeypatch.setattr("dittocache.events.os.write", full)
+    with pytest.raises(StageError, match="cannot be written: No space left on device\nhint: the disk is full"):
+        run_workflow(run, TRAIN, python=python)
+    monkeypatch.undo()
+    assert not is_locked(run.run_dir)
+
+
+def test_a_stage_that_cannot_tell_its_events_ends_with_a_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(self: EventLog, kind: str, **fields: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(EventLog, "emit", full)
+    assert run_stage("validate", tmp_path) == 1
+    assert "events.jsonl cannot be written: No space left on device" in capfd.readouterr().err
+
+
 def test_a_missing_interpreter_is_its_own_message(run: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(StageError, match="Python interpreter .*nowhere' cannot be run"):
         run_workflow(run, TRAIN, python=str(tmp_path / "nowhere"))
@@ -179,7 +215,7 @@ def test_sigterm_ends_it_the_same_way(run: RunConfig, play: Play) -> None:
 def test_a_stage_that_does_not_listen_is_killed_after_a_second_interrupt(
     run: RunConfig, play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workflow, "KILL_AFTER_SECONDS", 0.3)
+    monkeypatch.setattr(stopper, "KILL_AFTER_SECONDS", 0.3)
 
     def interrupt_twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)

@@ -12,6 +12,7 @@ from rich.console import Console
 from dittocache import __version__
 from dittocache.cli.cache import cache_app, plan
 from dittocache.cli.quality import add_quality_commands
+from dittocache.cli.queue import queue_app
 from dittocache.cli.shared import (
     CacheOption,
     DataPath,
@@ -25,6 +26,7 @@ from dittocache.cli.shared import (
     settings_help,
     start_job,
 )
+from dittocache.cli.studio import studio
 from dittocache.config import parse_overrides
 from dittocache.errors import ConfigError, DataError, DittocacheError, ModelError
 from dittocache.jobs.run_folder import LORA_NAME, REPORT_NAME, SAMPLES_NAME
@@ -63,8 +65,10 @@ def demo(*settings: Overrides) -> None:
 
 
 app.command(cache_app)
+app.command(queue_app)
 app.command(plan, help_epilogue=settings_help())
 add_quality_commands(app)
+app.command(studio)
 
 
 @app.command(help_epilogue=settings_help())

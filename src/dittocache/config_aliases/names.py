@@ -1,4 +1,7 @@
-"""Settings of the specification's configs that have another name here, and values that have another name too.
+"""Settings of the specifications' configs that have another name here, and values that have another name too.
+
+Those with a section are of the embedding cache's specification, those without of the job files of the automatic
+pre-caching workflow, which are TOML.
 
 This table is the documentation: what is not in it, and not in `rules.py`, is no setting.
 """
@@ -45,11 +48,38 @@ ALIASES: Mapping[str, str] = {
     "validation.validation_steps": "train.validate_every",
     "validation.max_samples": "train.validation_pictures",
     "validation.num_validation_samples": "train.validation_pictures",
+    "dataset_config": "data.path",
+    "output_name": "name",
+    "caching_latent_device": "cache.devices.vae",
+    "caching_latent_batch_size": "cache.latent_batch_size",
+    "caching_latent_num_workers": "cache.latent_num_workers",
+    "caching_latent_skip_existing": "cache.latent_skip_existing",
+    "caching_latent_keep_cache": "cache.latent_keep_cache",
+    "caching_teo_device": "cache.devices.text_encoder",
+    "caching_teo_fp8_vl": "cache.text_encoder_fp8",
+    "caching_teo_batch_size": "cache.text_batch_size",
+    "caching_teo_num_workers": "cache.text_num_workers",
+    "caching_teo_skip_existing": "cache.text_skip_existing",
+    "caching_teo_keep_cache": "cache.text_keep_cache",
+    "network_dim": "train.rank",
+    "network_alpha": "train.alpha",
+    "learning_rate": "train.learning_rate",
+    "max_train_steps": "train.steps",
+    "max_train_epochs": "train.epochs",
+    "lr_warmup_steps": "train.warmup_steps",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
+    "gradient_checkpointing": "train.gradient_checkpointing",
+    "save_every_n_steps": "train.checkpoint_every",
+    "seed": "train.seed",
+    "optimizer_type": "train.optimizer",
+    "log_with": "train.log_with",
 }
 
 VALUES: Mapping[str, Mapping[Any, Any]] = {
     "lr_scheduler.scheduler_type": {"constant_with_warmup": "constant", "cosine_with_warmup": "cosine"},
     "lr_scheduler.num_cycles": {0.5: 1},  # half a wave: what a cosine without restarts has in any case
+    "optimizer_type": {"AdamW": "adamw", "AdamW8bit": "adamw8bit", "Prodigy": "prodigy"},
+    "log_with": {"all": ["tensorboard", "wandb"]},
     "logging.report_to": {"all": ["tensorboard", "wandb"], "none": [], None: []},
 }
 """Values that have other names too."""

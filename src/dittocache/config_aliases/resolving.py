@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from dittocache.config_aliases.job_files import apply_job_file
 from dittocache.config_aliases.names import ALIASES, NULL_SAYS_NOTHING, SECTIONS, VALUES
 from dittocache.config_aliases.nested import copied, put, taken
 from dittocache.config_aliases.references import resolve_references
@@ -19,6 +20,7 @@ def resolve_aliases(settings: Mapping[str, Any], problems: list[str]) -> dict[st
     are added to `problems`.
     """
     resolved = resolve_references(copied(settings), problems)
+    apply_job_file(resolved, problems)
     apply_rules(resolved, problems)
     for alias, name in ALIASES.items():
         missing = object()
@@ -27,6 +29,9 @@ def resolve_aliases(settings: Mapping[str, Any], problems: list[str]) -> dict[st
         if value is missing or says_nothing or (alias == "optimizer.init_args" and value == {}):
             continue
         put(resolved, name, _renamed(alias, value), alias, problems)
+    for name in [name for name in resolved if name.startswith("caching_")]:
+        problems.append(_unknown(name))
+        del resolved[name]
     for name in SECTIONS:
         problems += [_unknown(f"{name}.{setting}") for setting in _leaves(taken(resolved, name, {}))]
     return resolved

@@ -113,6 +113,15 @@ def folder_place(config: SetConfig, flat: bool = False) -> FolderPlace:
 
 def load_place(place: FolderPlace, treatment: Treatment, memory: Path | None) -> FileSamples:
     """As `load_folder`, from folders that are known."""
+    problems: list[str] = []
+    samples = read_place(place, treatment, memory, problems)
+    if problems:
+        raise DataError(f"the data set {place.path} has {len(problems)} problem(s)", problems)
+    return samples
+
+
+def read_place(place: FolderPlace, treatment: Treatment, memory: Path | None, problems: list[str]) -> FileSamples:
+    """The samples of folders that are known, those that cannot be used included: what is wrong goes to `problems`."""
     root, name = place.root, _name(place)
     folders = [place.targets, *([place.controls] if place.controls is not None else [])]
     if place.root != place.path:
@@ -121,7 +130,6 @@ def load_place(place: FolderPlace, treatment: Treatment, memory: Path | None) ->
     table = FileTable.scanned(root, folders, lambda ending: ending not in known_endings, place.deep)
     known, known_layout = remembered(memory, name, root)
     table.learn(known)
-    problems: list[str] = []
     if known_layout is not None and known.names == table.names:
         layout = known_layout
     else:
@@ -133,8 +141,6 @@ def load_place(place: FolderPlace, treatment: Treatment, memory: Path | None) ->
     if not problems and not len(samples):
         problems.append(_nothing(place))
     remember(samples, layout=not problems)  # a layout with problems is found again, and they with it
-    if problems:
-        raise DataError(f"the data set {place.path} has {len(problems)} problem(s)", problems)
     return samples
 
 

@@ -28,6 +28,17 @@ def load_listed(config: SetConfig, treatment: Treatment, memory: Path | None) ->
     Raises DataError listing every problem of the list and of the pictures that it names.
     """
     problems: list[str] = []
+    samples = read_listed(config, treatment, memory, problems)
+    if problems:
+        raise DataError(f"the data set {config.path} has {len(problems)} problem(s)", list(dict.fromkeys(problems)))
+    return samples
+
+
+def read_listed(config: SetConfig, treatment: Treatment, memory: Path | None, problems: list[str]) -> FileSamples:
+    """As `load_listed`, samples that cannot be used included: what is wrong goes to `problems`.
+
+    Raises DataError where the list itself cannot be read.
+    """
     entries = read_listing(config.path, config, memory, problems)
     table = FileTable.of_files(chain.from_iterable(map(_files, entries)))
     place = json.dumps(["list", str(config.path.absolute())])
@@ -37,8 +48,6 @@ def load_listed(config: SetConfig, treatment: Treatment, memory: Path | None) ->
     if not problems and not len(samples):
         problems.append(f"{config.path} lists no sample; expected at least one row with a target picture and a prompt")
     remember(samples)
-    if problems:
-        raise DataError(f"the data set {config.path} has {len(problems)} problem(s)", list(dict.fromkeys(problems)))
     return samples
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dittocache.data.config import DataConfig
 from dittocache.data.file_samples import FileSamples
-from dittocache.data.folder import folder_place, is_folder_of_targets, load_place
+from dittocache.data.folder import folder_place, is_folder_of_targets, read_place
 from dittocache.data.listed.kinds import kind_of
 from dittocache.data.sample_sets import SampleSets, name_problems, set_names
 from dittocache.data.toml_sets import SetSource, read_toml_sets
@@ -29,25 +29,56 @@ def load_samples(config: DataConfig, size_multiple: int, memory: Path | None) ->
     Raises DataError listing every problem of all sets.
     """
     problems: list[str] = []
-    sources = _sources(config, problems)
-    names = set_names([one.config.path for one in sources])
     parts: list[FileSamples] = []
-    for source, name in zip(sources, names, strict=True):
-        step = source.config.bucket_step
-        if step is not None and step % size_multiple:
-            problems.append(f"found bucket_step {step}; this model needs a multiple of {size_multiple}")
-        treatment = treatment_of(source.config, size_multiple, config.side, f"{name}/" if len(sources) > 1 else "")
+    treated = treated_sets(config, size_multiple, problems)
+    for source, treatment in treated:
+        found: list[str] = []
         try:
-            parts.append(_load(source, treatment, memory))
+            parts.append(read_set(source, treatment, memory, found))
         except DataError as error:
-            if len(sources) == 1 and not problems:
+            if len(treated) == 1 and not problems:
                 raise
-            problems += error.problems or [str(error)]
+            found += error.problems or [str(error)]
+        problems += found
     problems += name_problems(parts)
     if problems:
         which = ", ".join(str(path) for path in config.paths)
         raise DataError(f"the data in {which} has {len(problems)} problem(s)", list(dict.fromkeys(problems)))
     return parts[0] if len(parts) == 1 else SampleSets(parts)
+
+
+def treated_sets(config: DataConfig, size_multiple: int, problems: list[str]) -> list[tuple[SetSource, Treatment]]:
+    """Every set with what is made of its samples; what is wrong with the settings goes to `problems`."""
+    sources = _sources(config, problems)
+    names = set_names([one.config.path for one in sources])
+    treated = []
+    for source, name in zip(sources, names, strict=True):
+        step = source.config.bucket_step
+        if step is not None and step % size_multiple:
+            problems.append(f"found bucket_step {step}; this model needs a multiple of {size_multiple}")
+        prefix = f"{name}/" if len(sources) > 1 else ""
+        treated.append((source, treatment_of(source.config, size_multiple, config.side, prefix)))
+    return treated
+
+
+def read_set(source: SetSource, treatment: Treatment, memory: Path | None, problems: list[str]) -> FileSamples:
+    """The samples of one set, those that cannot be used included: what is wrong with them goes to `problems`.
+
+    Raises DataError where there are no samples to speak of: no such folder, a list that cannot be read.
+    """
+    config = source.config
+    if not _is_folder(source):
+        from dittocache.data.listed_samples import read_listed
+
+        if config.control_path is not None:
+            raise DataError(f"control_path is for folders; {config.path} names its own control pictures: leave it out")
+        samples = read_listed(config, treatment, memory, problems)
+    else:
+        samples = read_place(folder_place(config, source.flat), treatment, memory, problems)
+        if config.columns:
+            samples.notes.append(f"{config.path} is a folder and has no columns: the setting does not count for it")
+    samples.notes += source.notes
+    return samples
 
 
 def _sources(config: DataConfig, problems: list[str]) -> list[SetSource]:
@@ -62,22 +93,6 @@ def _sources(config: DataConfig, problems: list[str]) -> list[SetSource]:
         except DataError as error:
             problems.append(str(error))
     return sources
-
-
-def _load(source: SetSource, treatment: Treatment, memory: Path | None) -> FileSamples:
-    config = source.config
-    if not _is_folder(source):
-        from dittocache.data.listed_samples import load_listed
-
-        if config.control_path is not None:
-            raise DataError(f"control_path is for folders; {config.path} names its own control pictures: leave it out")
-        samples = load_listed(config, treatment, memory)
-    else:
-        samples = load_place(folder_place(config, source.flat), treatment, memory)
-        if config.columns:
-            samples.notes.append(f"{config.path} is a folder and has no columns: the setting does not count for it")
-    samples.notes += source.notes
-    return samples
 
 
 def _is_folder(source: SetSource) -> bool:

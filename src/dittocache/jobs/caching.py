@@ -82,21 +82,22 @@ def _registered_plan(inputs: RunInputs) -> Plan:
 def _encode(inputs: RunInputs, plan: Plan, encoders: Sequence[str | None], log: EventLog) -> dict[str, Any]:
     """Encode with one encoder after the other, beside the other workers, and report the sum."""
     cache = inputs.config.cache
-    if not cache.skip_existing and inputs.rank.count > 1:
+    skips_existing = cache.skips_existing(encoders[0])
+    if not skips_existing and inputs.rank.count > 1:
         raise ConfigError(
             f"cache.skip_existing is false in a group of {inputs.rank.count} processes, each of which would encode "
             "everything again; start one process, with cache.workers for more on this machine"
         )
     started = time.monotonic()
-    total = EncodeResult(reused=plan.hits_of(encoders) if cache.skip_existing else 0)
+    total = EncodeResult(reused=plan.hits_of(encoders) if skips_existing else 0)
     with ExitStack() as opened:
         others: WorkerProcesses | None = None
         leases = open_leases(inputs.store, cache.lease_seconds, log)
         if leases is not None:
             opened.enter_context(leases)
-        if any(plan.work(encoder) for encoder in encoders) or not cache.skip_existing:
+        if any(plan.work(encoder) for encoder in encoders) or not skips_existing:
             if inputs.leads:
-                if not cache.keep_cache:
+                if not cache.keeps(encoders[0]):
                     note_cached(inputs, records_of(plan, encoders) - plan.stored.keys())
                 _tidy(inputs, leases, log.stage)
             if inputs.leads and cache.runner == "ray":
@@ -188,13 +189,22 @@ def _encode_with(
 ) -> EncodeResult:
     """Claim and encode shards of one encoder; it is loaded when there is something to encode, and gone afterwards."""
     cache = inputs.config.cache
-    settings = EncodeSettings(cache.batch_size_of(encoder), _decoders(cache), cache.skip_existing)
+    skips_existing = cache.skips_existing(encoder)
+    settings = EncodeSettings(cache.batch_size_of(encoder), _decoders(cache, encoder), skips_existing)
     with ExitStack() as opened:
 
         def open_session(progress: Progress) -> EncoderSession:
             device = inputs.encoder_device(encoder)
             session = EncoderSession(
-                plan, encoder, inputs.family, device, inputs.store, log, settings, progress=progress, signals=signals
+                plan,
+                encoder,
+                inputs.encoding_family,
+                device,
+                inputs.store,
+                log,
+                settings,
+                progress=progress,
+                signals=signals,
             )
             return opened.enter_context(session)
 
@@ -208,7 +218,7 @@ def _encode_with(
             log,
             signals=signals,
             waits=inputs.leads,
-            again=None if cache.skip_existing else _marks(inputs, log.stage),
+            again=None if skips_existing else _marks(inputs, log.stage),
         )
         return worker.run()
 
@@ -227,9 +237,9 @@ def _marks(inputs: RunInputs, stage: str) -> Path:
     return workers / "again" / stage
 
 
-def _decoders(cache: CacheConfig) -> int:
+def _decoders(cache: CacheConfig, encoder: str | None) -> int:
     """Processes that decode ahead for one of the workers, which share the cores."""
-    return min(cache.num_workers, (os.cpu_count() or 1) // cache.workers)
+    return min(cache.num_workers_of(encoder), (os.cpu_count() or 1) // cache.workers)
 
 
 def _share_cores(workers: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,9 @@ def make_picture(
     number: int,
     way: Way = PLAIN,
     prompt_embeds: Mapping[str, torch.Tensor | None] | None = None,
+    on_step: Callable[[], None] | None = None,
 ) -> Picture:
-    """One edit in one way; its noise depends on its number alone. `prompt_embeds` as for `generate`."""
+    """One edit in one way; its noise depends on its number alone. `prompt_embeds`, `on_step` as for `generate`."""
     settings: GenerateConfig = inputs.config.generate
     update: dict[str, Any] = {"seed": settings.seed + number}
     if way.steps is not None:
@@ -74,4 +75,5 @@ def make_picture(
         way.reference_kv,
         prompt_embeds=prompt_embeds,
         control_resolution=edit.control_resolution,
+        on_step=on_step,
     )

@@ -31,29 +31,41 @@ def generate_edits(inputs: RunInputs, log: EventLog) -> None:
     """Make the run's pictures in `RUN/samples`.
 
     With `generate.prompt` or `generate.image` that one edit; else the held-out set, else some of the training set.
-    Where a LoRA was trained, each edit is made without and with it. Where caches are configured, the first edits are
-    made again with each of them, with all, and with fewer plain steps. Emits a `result` that lists the pictures.
+    Where a LoRA was trained or given, each edit is made without and with it. Where caches are configured, the first
+    edits are made again with each of them, with all, and with fewer plain steps; without `generate.side_by_side`, all
+    edits are made with the caches instead. Emits a `result` that lists the pictures.
     """
     edits = chosen_edits(inputs)
-    has_lora = (inputs.run_dir / LORA_NAME).is_dir()
-    if has_lora:
-        check_lora(inputs.run_dir / LORA_NAME, inputs.family.name)
+    lora = checked_lora(inputs)
+    has_lora = lora is not None
     pipe = load_placed(inputs, log)
-    compared = edits[:COMPARED] if cached_ways(inputs) else []
+    ways = cached_ways(inputs)
+    side_by_side = inputs.config.generate.side_by_side
+    compared = edits[:COMPARED] if ways and side_by_side else []
     progress = Progress(log, len(edits) * (1 + has_lora) + REPEATS * len(compared) * (2 + len(cached_ways(inputs))))
     maker = _Maker(inputs, pipe, progress)
     maker.warm_up(edits[0])
     pictures: dict[str, dict[str, Any]] = {}
     for kind in ("base", "lora") if has_lora else ("base",):
-        if kind == "lora":
-            use_lora(pipe, inputs.run_dir / LORA_NAME)
+        if kind == "lora" and lora is not None:
+            use_lora(pipe, lora)
         for number, edit in enumerate(edits):
-            picture = maker.make(edit, number, PLAIN)
+            picture = maker.make(edit, number, PLAIN if side_by_side or not ways else ways[-1])
             pictures.setdefault(edit.name, {})[kind] = maker.save(picture.image, f"{edit.name}-{kind}")
-    rows = [_described(edit, inputs) | pictures[edit.name] for edit in edits]
+    rows = [described(edit) | pictures[edit.name] for edit in edits]
     log.emit("result", edits=rows, held_out=bool(inputs.held_out), **_gain(rows, inputs.run_dir))
     if compared:
         log.emit("result", compared=_compared(inputs, maker, compared))
+
+
+def checked_lora(inputs: RunInputs) -> Path | None:
+    """Folder of the LoRA that pictures are made with, if any; raises ModelError where it cannot be used."""
+    given, own = inputs.config.generate.lora, inputs.run_dir / LORA_NAME
+    if given is None and not own.is_dir():
+        return None
+    folder = given or own
+    check_lora(folder, inputs.family.name)
+    return folder
 
 
 def check_lora(folder: Path, family_name: str) -> None:
@@ -174,7 +186,7 @@ def _compared(inputs: RunInputs, maker: _Maker, edits: Sequence[Edit]) -> list[d
                 variant = _variant(maker, edit, number, way)
                 earlier = rows[number].get(way.label, variant)
                 rows[number][way.label] = min(earlier, variant, key=lambda one: float(one["seconds"]))
-    return [{**_described(edit, inputs), "variants": list(row.values())} for edit, row in zip(edits, rows, strict=True)]
+    return [{**described(edit), "variants": list(row.values())} for edit, row in zip(edits, rows, strict=True)]
 
 
 def _baseline_steps(inputs: RunInputs, maker: _Maker, edit: Edit) -> int:
@@ -195,13 +207,13 @@ def _variant(maker: _Maker, edit: Edit, number: int, way: Way) -> dict[str, Any]
         "settings": way.settings,
         "picture": maker.save(picture.image, f"{edit.name}-{way.label.lower().replace(' ', '-')}"),
         "seconds": picture.seconds,
-        "patterns": _patterns(picture.trace),
+        "patterns": patterns_of(picture.trace),
         "bytes_held": picture.trace.bytes_held if way.role == "cached" else None,
         "notes": picture.trace.notes,
     }
 
 
-def _patterns(trace: Trace) -> dict[str, list[str]]:
+def patterns_of(trace: Trace) -> dict[str, list[str]]:
     """What each step did, by branch: `computed`, `refreshed` (references too), `kept` (kept ones used), `skipped`."""
     patterns: dict[str, list[str]] = {}
     for step in trace.steps:
@@ -226,7 +238,8 @@ def _edit(sample: Sample) -> Edit:
     return Edit(sample.name, sample.controls, sample.prompt, sample.target, size, sample.control_resolution)
 
 
-def _described(edit: Edit, inputs: RunInputs) -> dict[str, Any]:
+def described(edit: Edit) -> dict[str, Any]:
+    """An edit as `result` events name it."""
     return {
         "name": edit.name,
         "caption": edit.prompt,

@@ -23,6 +23,7 @@ from dittocache.embeddings.store.store import Store
 from dittocache.errors import CacheError, ConfigError, StoreUnavailableError
 from dittocache.events import EventLog
 from dittocache.families.base import Family, Sizes
+from dittocache.families.fp8_encoders import fp8_forms, with_fp8_text_encoders
 from dittocache.families.registry import family_of_model, get_family
 from dittocache.jobs.ranks import Rank, device_of_worker, rank_of
 
@@ -60,6 +61,11 @@ class RunInputs:
         """As named in the settings, else the checkpoint's; raises ModelError."""
         name = self.config.model.family
         return get_family(name) if name is not None else family_of_model(self.model)
+
+    @cached_property
+    def encoding_family(self) -> Family:
+        """The family as embeddings are made with it, cached or live; raises ModelError."""
+        return with_fp8_text_encoders(self.family) if self.config.cache.text_encoder_fp8 else self.family
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -149,6 +155,7 @@ class RunInputs:
             batching=self.config.cache.batching,
             rates=Rates(beside / RATES_NAME),
             devices={encoder: self.encoder_device(encoder) for encoder in self.family.encoders},
+            held_in=fp8_forms(self.family) if self.config.cache.text_encoder_fp8 else None,
         )
 
 

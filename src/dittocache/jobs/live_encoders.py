@@ -32,7 +32,7 @@ class LiveEncoders(Mapping[str, Any]):
             inputs = self._inputs
             components = [encoder, *inputs.family.encoders[encoder]]
             device = self.device_of(encoder)
-            self._loaded[encoder] = inputs.family.load_pipeline(inputs.model, components, inputs.dtype, device)
+            self._loaded[encoder] = inputs.encoding_family.load_pipeline(inputs.model, components, inputs.dtype, device)
         return self._loaded[encoder]
 
     def __iter__(self) -> Iterator[str]:

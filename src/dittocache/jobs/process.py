@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
 from dittocache.errors import StageError
+from dittocache.jobs.process_identity import group_members
 from dittocache.jobs.ranks import without_rank
 from dittocache.jobs.run_folder import LOG_NAME
 from dittocache.jobs.stages import CACHING
 
 CPU_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Threads that wait by spinning slow a stage down ten times and more on cores that it shares; sleeping costs little."""
+
+LEFT_BEHIND_SECONDS = 2.0
+"""Time for ending by themselves that the processes of a stage have when the stage has ended."""
 
 
 class StageProcess:
@@ -54,7 +60,8 @@ class StageProcess:
             self.command += ["--after", str(after)]
             inherited.append(after)
         with self._log.open("ab") as output:
-            output.write(f"== {stage}, {datetime.now().astimezone().isoformat(timespec='seconds')}\n".encode())
+            began = datetime.now().astimezone().isoformat(timespec="seconds")
+            output.write(f"== {stage}, {began}\n$ {shlex.join(self.command[:6])}\n".encode(errors="replace"))
             output.flush()
             self._log_start = output.tell()
             try:
@@ -81,15 +88,31 @@ class StageProcess:
         return self._process.pid
 
     def wait(self, timeout: float) -> int | None:
-        """The return code, negative for the signal that ended it; None when it still runs after `timeout` seconds."""
+        """The return code, negative for the signal that ended it; None when it still runs after `timeout` seconds.
+
+        Once it has ended, what it has started and left behind is ended too.
+        """
+        running = self._process.returncode is None
         try:
             returncode = self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             return None
+        if running:
+            self._end_group()
         if self._lifeline >= 0:
             os.close(self._lifeline)
             self._lifeline = -1
         return returncode
+
+    def _end_group(self) -> None:
+        """Give the processes that the stage has left behind a moment, then end them."""
+        deadline = time.monotonic() + LEFT_BEHIND_SECONDS
+        while group_members(self._process.pid):
+            if time.monotonic() > deadline:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+                return
+            time.sleep(0.02)
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to the stage and all processes it started."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from dittocache.families.defaults import suggested_settings
 from dittocache.jobs.demo_job import SETTINGS as DEMO_SETTINGS
 from dittocache.jobs.inputs import RunInputs
 from dittocache.jobs.run_folder import CONFIG_NAME
+from dittocache.jobs.run_names import run_name
 from dittocache.jobs.training_memory import fit_to_memory, free_machine_bytes
 
 Notice = Callable[[str], None]
@@ -60,13 +59,6 @@ def quick_config(
     suggested |= _chosen_steps(config, count, notice)
     suggested |= _chosen_memory(config, notice)
     return check_config({}, given, defaults=suggested, named_cache=named_cache)
-
-
-def run_name(data: str) -> str:
-    """A run's name from the name of a folder or file."""
-    path = Path(data).absolute()
-    name = path.name if path.is_dir() else path.stem
-    return re.sub(r"[^\w.\-]+", "-", name).strip("-.") or "run"
 
 
 def steps_for(samples: int, samples_a_step: int) -> int:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
 from dittocache.embeddings.planning.manifest import Manifest
 from dittocache.errors import StageError
-from dittocache.events import Event, EventLog, read_events
+from dittocache.events import Event, EventLog, number_in, read_events
 from dittocache.families.pictures import open_picture
 from dittocache.jobs.generation import fitted
 from dittocache.jobs.inputs import RunInputs
@@ -37,6 +37,8 @@ from dittocache.quality.report_tuning import TuningPoint, TuningSection
 
 SHOWN_SAMPLES = 6
 
+Section = TypeVar("Section")
+
 
 def report(inputs: RunInputs, log: EventLog) -> None:
     """Write `RUN/report.html`, and its numbers to `RUN/report.json`, from what has run so far.
@@ -53,17 +55,30 @@ def report(inputs: RunInputs, log: EventLog) -> None:
         command=found.command,
         machine=describe_machine(),
         samples=_samples(inputs),
-        cached=_cached(inputs, found),
-        training_speed=_training_speed(found),
+        cached=_if_whole(log, "what was cached", lambda: _cached(inputs, found)),
+        training_speed=_if_whole(log, "training speed", lambda: _training_speed(found)),
         loss=_loss(found),
-        before_after=_before_after(inputs, found),
-        caches=_caches(inputs, found),
-        tuning=_tuning(inputs.run_dir / TUNING_NAME),
+        before_after=_if_whole(log, "before and after", lambda: _before_after(inputs, found)),
+        caches=_if_whole(log, "caches compared", lambda: _caches(inputs, found)),
+        tuning=_if_whole(log, "the tuning", lambda: _tuning(inputs.run_dir / TUNING_NAME)),
     )
     path = write_report(page, inputs.run_dir / REPORT_NAME)
     numbers = json.dumps(report_as_dict(page), indent=1, allow_nan=False)
     path.with_suffix(".json").write_text(numbers, encoding="utf-8")
     log.emit("result", report=str(path), words=str(path))
+
+
+def _if_whole(log: EventLog, name: str, build: Callable[[], Section | None]) -> Section | None:
+    """A section of the report; None, with a warning, where the events or pictures that it shows are damaged or gone."""
+    try:
+        return build()
+    except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
+        log.message(
+            f"the report is without {name}: {type(error).__name__}: {error}; what the run told of it in "
+            f"{EVENTS_NAME} is damaged, or a picture is gone",
+            level="warning",
+        )
+        return None
 
 
 class Findings:
@@ -95,8 +110,8 @@ class Findings:
                 found.results[stage] |= event
                 if event.get("resumed_from") == 0:
                     found.losses.clear()
-            elif kind == "metric" and stage == "train":
-                found.losses[int(event["step"])] = float(event["loss"])
+            elif kind == "metric" and stage == "train" and (loss := number_in(event, "loss")) is not None:
+                found.losses[int(event["step"])] = loss
         return found
 
     def of(self, stage: str) -> Mapping[str, Any]:

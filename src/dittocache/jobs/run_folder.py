@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 from dittocache.errors import ConfigError, StageError
-from dittocache.events import Event, read_events
+from dittocache.events import Event, last_events
 
 CONFIG_NAME = "config.yaml"
 EVENTS_NAME = "events.jsonl"
@@ -41,6 +41,8 @@ CACHED_NAME = "cached.txt"
 WORKERS_NAME = "workers"
 WORKFLOW = "workflow"  # stage name of the events that belong to no single stage
 
+LAST_EVENTS_BYTES = 2**13  # of a stream that may be long; enough to tell how the run stands
+
 State = Literal["new", "running", "finished", "stopped", "failed", "died"]
 
 
@@ -53,26 +55,84 @@ class RunStatus:
     detail: str = ""
 
 
+class Ends:
+    """Takes events in order and keeps those that tell how the run stands: which stages of it began, and how they ended.
+
+    Attributes:
+        failed: the event of the first stage that failed of itself; None where none has.
+    """
+
+    def __init__(self) -> None:
+        self._ended: dict[str, Event] = {}
+        self._last = ""
+        self._reused: set[str] = set()
+
+    def add(self, event: Event) -> None:
+        """Take the next event."""
+        stage, kind = str(event["stage"]), event["kind"]
+        if stage == WORKFLOW and kind == "stage_started":
+            self._ended, self._reused = {}, set()
+        elif stage == WORKFLOW and kind == "message":
+            return
+        if kind in ("stage_finished", "stage_failed"):
+            self._ended[stage] = event
+        elif kind == "stage_started":
+            self._ended.pop(stage, None)
+            if stage != WORKFLOW and not event["command"]:
+                self._reused.add(stage)
+        elif stage in self._ended:
+            return
+        self._last = stage
+
+    @property
+    def known(self) -> bool:
+        """Whether there was any event to tell from."""
+        return bool(self._last)
+
+    @property
+    def failed(self) -> Event | None:
+        failures = (end for end in self._ended.values() if end["kind"] == "stage_failed")
+        return next((end for end in failures if not end.get("stopped")), None)
+
+    def was_reused(self, stage: str) -> bool:
+        """Whether the stage had nothing to do, so that it was not started."""
+        return stage in self._reused
+
+    def status(self, live: bool) -> RunStatus:
+        """How the run stands; `live` says whether a process works in its folder."""
+        last = self._ended.get(self._last)
+        if live:
+            ended = last is not None and self._last == WORKFLOW  # another is about to begin
+            return RunStatus("running", "" if ended else self._last)
+        if not self._last:
+            return RunStatus("new")
+        if self.failed is not None:
+            return RunStatus("failed", self.failed["stage"], self.failed["error"])
+        if last is not None and last["kind"] == "stage_failed":
+            return RunStatus("stopped", self._last, last["error"])
+        if last is not None and self._last == WORKFLOW:
+            return RunStatus("finished", WORKFLOW)
+        return RunStatus("died", self._last, "its process ended without a word; what was finished is kept")
+
+
 def run_status(run_dir: Path) -> RunStatus:
     """How the run stands, from its lock and its last events."""
-    started: Event | None = None
-    ended: Event | None = None
-    for event in read_events(run_dir / EVENTS_NAME):
-        if event["kind"] == "stage_started":
-            started, ended = event, None
-        elif event["kind"] in ("stage_finished", "stage_failed"):
-            ended = event
-    stage = str((ended or started or {}).get("stage", ""))
-    if is_locked(run_dir):
-        return RunStatus("running", stage)
-    if started is None:
-        return RunStatus("new")
-    if ended is None or (ended["kind"] == "stage_finished" and ended["stage"] != WORKFLOW):
-        return RunStatus("died", stage, "its process ended without a word; what was finished is kept")
-    if ended["kind"] == "stage_finished":
-        return RunStatus("finished", stage)
-    state: State = "stopped" if ended.get("stopped") else "failed"
-    return RunStatus(state, stage, str(ended.get("error", "")))
+    live = is_locked(run_dir)
+    ends, _ = last_told(run_dir)
+    return ends.status(live)
+
+
+def last_told(run_dir: Path) -> tuple[Ends, list[Event]]:
+    """The run's last events, as many as it takes to tell how it stands, and what they tell."""
+    path = run_dir / EVENTS_NAME
+    window = LAST_EVENTS_BYTES
+    while True:
+        ends, events = Ends(), last_events(path, window)
+        for event in events:
+            ends.add(event)
+        if ends.known or not path.exists() or window >= path.stat().st_size:
+            return ends, events
+        window *= 16
 
 
 def is_locked(run_dir: Path) -> bool:

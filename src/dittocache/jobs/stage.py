@@ -18,8 +18,13 @@ from pathlib import Path
 from dittocache.errors import ConfigError, DataError, DittocacheError, ModelError
 from dittocache.events import EventLog
 from dittocache.jobs.failures import STOPPED, hint_for
+from dittocache.jobs.memory_reports import memory_reports
+from dittocache.jobs.process_identity import birth_of
 from dittocache.jobs.run_folder import CONFIG_NAME, EVENTS_NAME
 from dittocache.jobs.stages import STAGES
+
+ORPHAN_SECONDS = 60.0
+"""Time for ending in good order that a stage has when its workflow is gone: for the step under way and a checkpoint."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,13 +55,25 @@ def run_stage(name: str, run_dir: Path, worker: int = 0, after: int | None = Non
     # Of the processes that train together in one folder, the first speaks for all.
     speaks = name != "train" or os.environ.get("RANK", "0") == "0"
     log = EventLog(run_dir / EVENTS_NAME if speaks else Path(os.devnull), name)
-    log.emit("stage_started", pid=os.getpid(), command=[sys.executable, *sys.argv])
+    try:
+        return _told(name, run_dir, worker, after, log)
+    except OSError as failure:  # the events themselves cannot be written: the log is what is left to tell by
+        traceback.print_exc()
+        sys.stderr.write(f"{log.path} cannot be written: {failure.strerror or failure}\n")
+        return 1
+
+
+def _told(name: str, run_dir: Path, worker: int, after: int | None, log: EventLog) -> int:
+    """Carry out the stage, and tell its beginning and its end as events."""
+    pid = os.getpid()
+    log.emit("stage_started", pid=pid, birth=birth_of(pid), command=[sys.executable, *sys.argv])
     started = time.monotonic()
     try:
         from dittocache.config import load_config
         from dittocache.jobs.inputs import RunInputs
 
-        STAGES[name].load()(RunInputs(load_config(run_dir / CONFIG_NAME), run_dir, worker, after), log)
+        with memory_reports(log):
+            STAGES[name].load()(RunInputs(load_config(run_dir / CONFIG_NAME), run_dir, worker, after), log)
     except KeyboardInterrupt:
         error = "stopped on request; the same command goes on from here"
         log.emit("stage_failed", error=error, hint="", returncode=STOPPED, stopped=True)
@@ -78,10 +95,17 @@ def run_stage(name: str, run_dir: Path, worker: int = 0, after: int | None = Non
 
 
 def _stop_when_orphaned(lifeline: int) -> None:
-    """Wait until the workflow's process is gone, then end in good order: a run nobody waits for holds up the next."""
+    """Wait until the workflow's process is gone, then end in good order: a run nobody waits for holds up the next.
+
+    A stage that does not end by itself, because it hangs, takes everything that it has started with it.
+    """
     while os.read(lifeline, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(ORPHAN_SECONDS)
+    if os.getpgrp() == os.getpid():  # the group is ours, as `StageProcess` makes it
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

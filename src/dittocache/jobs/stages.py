@@ -41,6 +41,7 @@ STAGES = {
         Stage("train", "dittocache.jobs.lora_training", "train", "Training the LoRA"),
         Stage("measure", "dittocache.jobs.measurement", "measure", "Comparing cached with live training"),
         Stage("generate", "dittocache.jobs.generation", "generate_edits", "Making pictures"),
+        Stage("picture", "dittocache.jobs.one_picture", "make_one", "Making the picture"),
         Stage("calibrate", "dittocache.jobs.calibration", "calibrate", "Calibrating the step cache"),
         Stage("tune", "dittocache.jobs.tuning", "tune", "Tuning the step cache"),
         Stage("remove_cache", "dittocache.jobs.cache_removal", "remove_cache", "Removing the cache"),

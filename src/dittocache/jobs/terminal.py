@@ -10,7 +10,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from dittocache.events import Event
+from dittocache.events import Event, number_in
+from dittocache.jobs.results import describe_result
 from dittocache.jobs.run_folder import WORKFLOW
 from dittocache.jobs.stages import STAGES
 
@@ -59,8 +60,9 @@ class TerminalListener:
                 self.console.print(f"{_title(event['stage'])} ...", markup=False)
         elif kind == "progress":
             self._advance(event)
-        elif kind == "metric" and "loss" in event:
-            self._loss = f"loss {event['loss']:.4f}, "
+        elif kind == "metric":
+            loss = number_in(event, "loss")
+            self._loss = f"loss {loss:.4f}, " if loss is not None else ""
         elif kind == "message":
             style = _LEVEL_STYLES[event["level"]]
             self.console.print(_indented(event["text"]), style=style, markup=False, soft_wrap=True)
@@ -91,24 +93,6 @@ class TerminalListener:
         seconds = f" in {_duration(event['seconds'])}" if event["seconds"] >= 0.05 else ""
         title = f"{_title(event['stage'])}: " if not seconds else "  done: " if outcome else "  done"
         self.console.print(f"{title}{outcome}{seconds}", markup=False, style="green", soft_wrap=True)
-
-
-def describe_result(event: Event) -> list[str]:
-    """What a `result` event says, in a few words each; empty for details that a terminal need not show."""
-    words = []
-    if "encoded" in event and "reused" in event:
-        words.append(f"{event['encoded']} encoded, {event['reused']} reused")
-        if event["bytes_written"]:
-            words.append(f"{event['bytes_written'] / 1e6:.1f} MB written")
-        if event["failed"]:
-            words.append(f"{len(event['failed'])} pictures left out")
-    if "samples" in event and "held_out" in event:
-        words.append(f"{event['samples']} samples, {event['held_out']} held out")
-    if event.get("seconds_per_step"):
-        words.append(f"{event['steps']} steps, {event['seconds_per_step']:.3f} s each")
-    if "words" in event:
-        words.append(str(event["words"]))
-    return words
 
 
 def _title(stage: str) -> str:

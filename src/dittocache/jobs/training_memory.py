@@ -34,6 +34,13 @@ def memory_plan(inputs: RunInputs, names: Sequence[str], source: Source) -> Memo
     return replace(plan, encoders=live_encoder_bytes(inputs))
 
 
+def forecast_memory(inputs: RunInputs) -> MemoryPlan:
+    """The same before anything is cached: sizes from the pictures' headers and the prompts' words."""
+    folder, config = model_folder(inputs.model), inputs.config.train
+    plan = plan_memory(folder, inputs.family, config, inputs.dtype, sample_size(inputs))
+    return replace(plan, encoders=live_encoder_bytes(inputs))
+
+
 def fit_to_memory(inputs: RunInputs, device_bytes: int, machine_bytes: int) -> Fit:
     """Which way of holding the frozen weights this run should take with so much free memory; nothing is loaded."""
     folder, config = model_folder(inputs.model), inputs.config.train

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -9,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from dittocache.config import BUNDLED
 from dittocache.data.loading import notes_of
@@ -23,6 +26,7 @@ from dittocache.training.requirements import requirement_problems, visibility_pr
 
 FREE_BYTES = 200_000_000  # below it not even a small data set and a LoRA are sure to fit
 BUNDLED_RESOLUTION = 256  # the bundled model was trained at 128; far above it, pictures turn to noise
+WITH_WEIGHTS = ("transformer", "vae", "text_encoder", "image_encoder")  # how the names of such components begin
 
 
 def validate(inputs: RunInputs, log: EventLog) -> None:
@@ -76,7 +80,7 @@ def _report_plan(inputs: RunInputs, plan: Plan, log: EventLog) -> None:
         ("cache_latents", latent_encoders(inputs.family)),
         ("cache_text", text_encoders(inputs.family)),
     ):
-        if inputs.config.cache.skip_existing and not any(plan.missing(encoder) for encoder in encoders):
+        if inputs.config.cache.skips_existing(encoders[0]) and not any(plan.missing(encoder) for encoder in encoders):
             cached[stage] = len(records_of(plan, encoders))
     if plan.misses == 0:
         save_manifest(inputs, plan.manifest, log)
@@ -111,16 +115,39 @@ def needed_bytes(plan: Plan) -> int:
 
 
 def model_problems(model: str) -> list[str]:
-    """Components that the checkpoint lists and does not hold; raises ModelError when there is no checkpoint."""
+    """Components that the checkpoint lists and does not hold, or not whole; raises ModelError without a checkpoint.
+
+    Of weights the headers are read, which say how long each file must be.
+    """
     folder = model_folder(model)
     problems = []
     for name in component_names(folder):
-        files = list((folder / name).iterdir()) if (folder / name).is_dir() else []
-        weighty = (folder / name / "config.json").is_file()
+        files = sorted((folder / name).iterdir()) if (folder / name).is_dir() else []
         if not files:
             problems.append(f"model.path: {folder} lists the component {name!r}, but its folder is missing or empty")
-        elif weighty and not any(file.suffix in (".safetensors", ".bin") for file in files):
-            problems.append(f"model.path: {folder / name} holds no weights; download the checkpoint again")
+        elif name.startswith(WITH_WEIGHTS):
+            problems.extend(f"model.path: {problem}" for problem in _weight_problems(folder / name, files))
+    return problems
+
+
+def _weight_problems(folder: Path, files: Sequence[Path]) -> list[str]:
+    """What keeps the weights in a component's folder from being loaded."""
+    names = [file.name for file in files]
+    if "config.json" not in names:
+        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        return [f"{folder} holds {some} and no config.json; expected a component of a diffusers checkpoint"]
+    if not any(file.suffix in (".safetensors", ".bin") for file in files):
+        return [f"{folder} holds no weights; download the checkpoint again"]
+    problems = []
+    for file in files:
+        try:
+            if file.name == "config.json":
+                json.loads(file.read_text(encoding="utf-8"))
+            elif file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):
+                    pass
+        except (ValueError, OSError, SafetensorError) as error:
+            problems.append(f"{file} cannot be read ({error}); it is no such file, or cut short: download it again")
     return problems
 
 

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 
 from dittocache.config import RunConfig, save_config
 from dittocache.errors import StageError
@@ -20,11 +19,10 @@ from dittocache.jobs.process import StageProcess
 from dittocache.jobs.ranks import processes_to_train, rank_of
 from dittocache.jobs.run_folder import CONFIG_NAME, EVENTS_NAME, LOG_NAME, WORKERS_NAME, WORKFLOW, held_folder
 from dittocache.jobs.stages import CACHING
+from dittocache.jobs.stopper import Stopper
+from dittocache.jobs.workflow_start import tell_start
 
 Listener = Callable[[Event], None]
-
-KILL_AFTER_SECONDS = 10.0
-"""Time that a stage has for ending after a second Ctrl-C."""
 
 
 class StageFailed(StageError):
@@ -46,6 +44,7 @@ def run_workflow(
     listener: Listener = lambda event: None,
     python: str = sys.executable,
     typed: str = "",
+    lock: int | None = None,
 ) -> Path:
     """Run `stages` in order in `config.run_dir` and return that folder.
 
@@ -53,6 +52,7 @@ def run_workflow(
         listener: called with every event of the run, from a thread of its own.
         python: interpreter of the stages.
         typed: what the user typed to start this, for the report.
+        lock: descriptor that holds the run's folder, from whoever started this process and told the run's start.
 
     Stages that have nothing to do (everything is cached) are not started; an event says so. The caching stages run at
     the same time where their encoders have different devices. Where torchrun or Slurm started several processes, the
@@ -61,22 +61,24 @@ def run_workflow(
     SIGTERM go to the stage, which ends in good order; a second one ends it at once.
 
     Raises StageFailed (what went wrong, the end of the output, a hint), WorkflowStopped, StageError when another run
-    works in the folder.
+    works in the folder or its files cannot be written.
     """
     config, stages = _part_of_rank(config, stages)
     run_dir = config.run_dir
-    with held_folder(run_dir) as lock, _former_settings_if_refused(run_dir / CONFIG_NAME):
+    holding = held_folder(run_dir) if lock is None else contextlib.nullcontext(lock)
+    with holding as held, _writable(run_dir), _former_settings_if_refused(run_dir / CONFIG_NAME):
         save_config(config, run_dir / CONFIG_NAME)
         path = run_dir / EVENTS_NAME
         offset = path.stat().st_size if path.exists() else 0
         log = EventLog(path, WORKFLOW)
-        log.emit("stage_started", pid=os.getpid(), command=list(stages), typed=typed)
+        if lock is None:
+            tell_start(run_dir, os.getpid(), stages, typed)
         started = time.monotonic()
-        with _followed(path, offset, listener), _Stopper() as stopper:
+        with _followed(path, offset, listener), Stopper(log) as stopper:
             for group in _groups(config, stages):
                 left = [stage for stage in group if not _has_nothing_to_do(stage, path, offset)]
                 if left:
-                    _run_together(left, run_dir, lock, python, stopper)
+                    _run_together(left, run_dir, held, python, stopper)
             log.emit("stage_finished", seconds=time.monotonic() - started)
     return run_dir
 
@@ -85,12 +87,24 @@ def _part_of_rank(config: RunConfig, stages: Sequence[str]) -> tuple[RunConfig, 
     """What this process of those that torchrun or Slurm started has to do: all of it, or help with caching."""
     rank = rank_of(os.environ)
     if rank.index == 0:
-        if not config.cache.keep_cache and "train" in stages:
+        kept = config.cache.keeps("vae") and config.cache.keeps("text_encoder")
+        if not kept and "train" in stages:
             stages = (*stages, "remove_cache")
         processes = processes_to_train(os.environ, config.train.processes)
         return config.model_copy(update={"train": config.train.model_copy(update={"processes": processes})}), stages
     own = {"output_dir": config.run_dir / WORKERS_NAME, "name": f"rank-{rank.index}"}
     return config.model_copy(update=own), [stage for stage in stages if stage in CACHING]
+
+
+@contextlib.contextmanager
+def _writable(run_dir: Path) -> Iterator[None]:
+    """Tell a person what it means when the run's own small files cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        message = f"files of the run in {run_dir} cannot be written: {error.strerror or error}"
+        hint = hint_for(1, str(error))
+        raise StageError(f"{message}\nhint: {hint}" if hint else message) from error
 
 
 @contextlib.contextmanager
@@ -118,7 +132,7 @@ def _groups(config: RunConfig, stages: Sequence[str]) -> list[list[str]]:
     return groups
 
 
-def _run_together(stages: Sequence[str], run_dir: Path, lock: int, python: str, stopper: _Stopper) -> None:
+def _run_together(stages: Sequence[str], run_dir: Path, lock: int, python: str, stopper: Stopper) -> None:
     """Run one stage, or two at the same time, of which the second finishes after the first."""
     path = run_dir / EVENTS_NAME
     offset = path.stat().st_size
@@ -166,7 +180,7 @@ def _run_together(stages: Sequence[str], run_dir: Path, lock: int, python: str, 
         raise problem
 
 
-def _check_end(process: StageProcess, returncode: int, run_dir: Path, offset: int, stopper: _Stopper) -> None:
+def _check_end(process: StageProcess, returncode: int, run_dir: Path, offset: int, stopper: Stopper) -> None:
     """Raise what the end of a stage means, unless it is done."""
     if returncode == 0:
         return
@@ -181,7 +195,8 @@ def _check_end(process: StageProcess, returncode: int, run_dir: Path, offset: in
         error = "stopped on request" if stopped else error
         hint = "" if stopped else hint_for(returncode, output)
         failure = {"error": error, "hint": hint}
-        EventLog(path, stage).emit("stage_failed", returncode=returncode, stopped=stopped, **failure)
+        with contextlib.suppress(OSError):  # on a full disk what is raised below is what can be told
+            EventLog(path, stage).emit("stage_failed", returncode=returncode, stopped=stopped, **failure)
     if stopped or returncode in STOPPED_CODES:
         raise WorkflowStopped(f"stage {stage} was stopped; the same command goes on from here")
     raise StageFailed(_failure_message(stage, returncode, failure, process.output(), run_dir), returncode, stage)
@@ -210,46 +225,6 @@ def _has_nothing_to_do(stage: str, path: Path, offset: int) -> bool:
     log.emit("result", encoded=0, reused=reused, bytes_written=0, seconds=0.0, failed={})
     log.emit("stage_finished", seconds=0.0)
     return True
-
-
-class _Stopper:
-    """Turns SIGINT and SIGTERM of this process into an orderly end of the stage at work."""
-
-    def __init__(self) -> None:
-        self.requests = 0
-        self._processes: Sequence[StageProcess] = ()
-        self._kill_at = float("inf")
-        self._former: dict[int, object] = {}
-
-    def __enter__(self) -> _Stopper:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._former[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def watch(self, processes: Sequence[StageProcess]) -> None:
-        """From now on, requests go to these processes."""
-        self._processes = processes
-        self._kill_at = float("inf")
-
-    def enforce(self) -> None:
-        """Kill the stages when they have had their time after a second request."""
-        if time.monotonic() > self._kill_at:
-            self._send(signal.SIGKILL)
-
-    def _send(self, number: signal.Signals) -> None:
-        for process in self._processes:
-            process.send(number)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requests += 1
-        self._send(signal.SIGINT if self.requests < 3 else signal.SIGKILL)
-        if self.requests == 2:
-            self._kill_at = time.monotonic() + KILL_AFTER_SECONDS
 
 
 @contextlib.contextmanager

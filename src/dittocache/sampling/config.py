@@ -19,6 +19,12 @@ class GenerateConfig(Settings):
     image: list[Path] = Field(default_factory=list)
     """Reference pictures; the data set's controls are used when left out."""
 
+    lora: Path | None = None
+    """Folder of the LoRA to make them with, such as `runs/NAME/lora`; the run's own when left out."""
+
+    side_by_side: bool = True
+    """Where caches are set: make pictures without them too, to show what they change. Else only with all of them."""
+
     width: int | None = Field(default=None, ge=1)
     """Width of the pictures in pixels, a multiple of 16, given with `height`; else the last reference's ratio at the
     area of `data.resolution` squared, a square where there is none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ def generate(
     reference_kv: ReferenceKVConfig | None = None,
     prompt_embeds: Mapping[str, torch.Tensor | None] | None = None,
     control_resolution: ControlResolution = None,
+    on_step: Callable[[], None] | None = None,
 ) -> Picture:
     """Make one picture of `prompt`, from reference pictures where the pipeline takes them.
 
@@ -69,6 +70,7 @@ def generate(
         prompt_embeds: arguments of the pipeline that stand for the prompt, each with a batch axis of one; the
             pipeline then needs no text encoder where guidance is off, or the negative prompt's are among them.
         control_resolution: to what size references are brought, as in training (`Sample.control_resolution`).
+        on_step: called after every denoising step.
 
     Raises ConfigError for references, sizes or guidance that the pipeline does not take, DataError naming a file that
     cannot be read, and what `cached` raises.
@@ -84,6 +86,8 @@ def generate(
     options["generator"] = torch.Generator().manual_seed(config.seed)
     if prompt_embeds is not None:
         options |= {"prompt": None, **prompt_embeds}
+    if on_step is not None:
+        options["callback_on_step_end"] = _after_step(on_step)
     with (
         picture_options(pipe, pictures, size, sizes, control_resolution) as sized,
         cached(pipe, teacache, reference_kv) as trace,
@@ -92,6 +96,16 @@ def generate(
         image = pipe(**options, **sized).images[0]
         seconds = time.perf_counter() - began
     return Picture(image, seconds, trace)
+
+
+def _after_step(on_step: Callable[[], None]) -> Callable[..., dict[str, Any]]:
+    """`on_step` as the pipelines call it: they take back the tensors that it might have changed."""
+
+    def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step()
+        return {}
+
+    return callback
 
 
 def steps_of(pipe: Any, config: GenerateConfig) -> int:

@@ -183,6 +183,7 @@ def make_plan(
     batching: Batching = "exact",
     rates: Rates | None = None,
     devices: Mapping[str, str] | None = None,
+    held_in: Mapping[str, str] | None = None,
 ) -> Plan:
     """Work out every key of a data set and look up which records are there; no model is loaded, no picture decoded.
 
@@ -194,6 +195,7 @@ def make_plan(
         batching: `together` where samples are to pass an encoder together; see `Family.encode`.
         rates: how long earlier encodings took, for the time needed.
         devices: where each encoder will run; `cpu` where it is not named.
+        held_in: the format that an encoder's weights are held in while encoding, where that is not `dtype`.
 
     Raises DataError listing all samples that the family cannot use and all files that cannot be read, ModelError when
     the checkpoint is missing or incomplete.
@@ -203,6 +205,8 @@ def make_plan(
     }
     if batching == "together":  # the last bits depend on the batch, so these are other encoders
         identities = {encoder: {**identity, "batching": batching} for encoder, identity in identities.items()}
+    for encoder, form in (held_in or {}).items():
+        identities[encoder] = {**identities[encoder], "held_in": form}
     parts = samples.parts if isinstance(samples, SampleSets) else [samples]
     snapshot = Snapshot(index, [part.table for part in parts if isinstance(part, FileSamples)])
     maker = KeyMaker(family, sizes, identities, snapshot, storage, snapshot.size)

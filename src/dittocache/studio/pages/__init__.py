@@ -1,0 +1,1 @@
+"""One file a page; each has `page(studio)`, which builds what stands between header and footer."""
