@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from dittocache.errors import StageError as StageError
     from dittocache.errors import StepCacheError as StepCacheError
     from dittocache.errors import StoreUnavailableError as StoreUnavailableError
-    from dittocache.families.base import CacheContext as CacheContext
     from dittocache.families.run_clock import request as request
+    from dittocache.families.transformer_side import CacheContext as CacheContext
     from dittocache.quality.metrics import psnr as psnr
     from dittocache.quality.metrics import ssim as ssim
     from dittocache.referencekv.config import ReferenceKVConfig as ReferenceKVConfig
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "CacheContext": "dittocache.families.base",
+    "CacheContext": "dittocache.families.transformer_side",
     "CacheError": "dittocache.errors",
     "CachedBatches": "dittocache.embeddings.reading.reader",
     "CachedDataset": "dittocache.embeddings.reading.dataset",

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from dittocache.families.base import TokenLayout
 from dittocache.families.run_clock import DenoisingCall, RunClock, bind_forward, request
+from dittocache.families.transformer_side import TokenLayout
 
 MODULE = nn.Identity()
 

@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig
 from tests.denoising import CHANNELS, EDIT, EDITS, Edit, enliven, flux_transformer, qwen_transformer
 
-from dittocache.families.base import TokenLayout
 from dittocache.families.flux_transformer import FluxTransformerAdapter
 from dittocache.families.qwen_image_transformer import QwenImageTransformerAdapter
+from dittocache.families.transformer_side import TokenLayout
 
 
 def reassembled(adapter: Any, model: Any, kwargs: dict[str, Any]) -> Any:

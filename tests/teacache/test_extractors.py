@@ -14,9 +14,9 @@ from tests.teacache.spec_examples import extract_dualstream_context, extract_sim
 from torch import nn
 
 from dittocache.errors import ConfigError, StepCacheError
-from dittocache.families.base import CacheContext as FamilyContext
-from dittocache.families.base import Polynomial
 from dittocache.families.registry import FAMILIES
+from dittocache.families.transformer_side import CacheContext as FamilyContext
+from dittocache.families.transformer_side import Polynomial
 from dittocache.teacache.adapter import TeaCacheAdapter
 from dittocache.teacache.apply import setup_cache
 from dittocache.teacache.config import TeaCacheConfig

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from tests.denoising import EDIT, DeviceReads, Pipeline, counted, qwen_transformer, sigmas, velocities
 from tests.teacache.skipped_steps import GUIDED, STEPS, run, teacache
 
-from dittocache.families.base import CacheContext
+from dittocache.families.transformer_side import CacheContext
 from dittocache.sampling.session import cached
 from dittocache.teacache.config import TeaCacheConfig
 from dittocache.teacache.error_policy import ErrorPolicy, ErrorState, after_computed, decide_by_error

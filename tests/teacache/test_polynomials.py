@@ -9,9 +9,9 @@ import pytest
 from tests.denoising import Pipeline, flux_transformer, qwen_transformer
 from tests.sampled_models import flux2_transformer, qwen21_transformer, z_image_transformer
 
-from dittocache.families.base import MODULATED_INPUT
 from dittocache.families.polynomials import PLAIN, PUBLISHED
 from dittocache.families.registry import step_adapters
+from dittocache.families.transformer_side import MODULATED_INPUT
 from dittocache.teacache.adapter import TeaCacheAdapter
 from dittocache.teacache.config import TeaCacheConfig
 from dittocache.teacache.extractors import polynomial_of

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dittocache.families.base import CacheContext, Polynomial, TokenLayout
 from dittocache.families.batch_rows import batch_rows
 from dittocache.families.lora_scale import lora_scaled
 from dittocache.families.polynomials import PLAIN, PUBLISHED
 from dittocache.families.stock_blocks import run_stock_blocks
+from dittocache.families.transformer_side import CacheContext, Polynomial, TokenLayout
 from dittocache.families.usual_forward import FillsOwnCache
 
 _OF_THE_CACHE = ("kv_cache", "kv_cache_mode", "num_ref_tokens", "ref_fixed_timestep")

@@ -13,7 +13,7 @@ import torch
 from dittocache.data.pictures import picture_size
 from dittocache.data.sample import Sample
 from dittocache.errors import ModelError
-from dittocache.families.base import Artifact, ArtifactInput, Sizes, Tensors, TrainingInputs, TransformerAdapter
+from dittocache.families.base import Artifact, ArtifactInput, Sizes, Tensors, TrainingInputs
 from dittocache.families.flow_matching import interpolate, picture_shapes, stack
 from dittocache.families.flux_encoding import (
     EMPTY_PROMPT,
@@ -34,6 +34,7 @@ from dittocache.families.packed_latents import (
     vae_requests,
 )
 from dittocache.families.pictures import PictureRequest, Pictures, request_facts, resized_picture
+from dittocache.families.transformer_side import TransformerAdapter
 
 TRAINING_GUIDANCE = 1.0  # what a guidance-distilled model is told while training: no extrapolation
 LATENTS: Mapping[str, Any] = {"posterior": "mode", "packing": "2x2"}

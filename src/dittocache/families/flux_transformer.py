@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dittocache.families.base import CacheContext, JointQKV, Polynomial, TokenLayout
 from dittocache.families.batch_rows import batch_rows
 from dittocache.families.denoiser import is_isolated
 from dittocache.families.lora_scale import lora_scaled, without_scale
 from dittocache.families.polynomials import PUBLISHED
+from dittocache.families.transformer_side import CacheContext, JointQKV, Polynomial, TokenLayout
 from dittocache.families.usual_forward import UsualForward
 
 

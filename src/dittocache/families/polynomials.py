@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from dittocache.families.base import Polynomial
+from dittocache.families.transformer_side import Polynomial
 
 PLAIN = Polynomial((1.0, 0.0), source="distances as they are")
 

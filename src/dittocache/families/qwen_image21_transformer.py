@@ -15,11 +15,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from dittocache.families.base import CacheContext, TokenLayout
 from dittocache.families.batch_rows import batch_rows
 from dittocache.families.lora_scale import lora_scaled
 from dittocache.families.polynomials import PLAIN
 from dittocache.families.stock_blocks import run_stock_blocks
+from dittocache.families.transformer_side import CacheContext, TokenLayout
 from dittocache.families.usual_forward import FillsOwnCache
 
 

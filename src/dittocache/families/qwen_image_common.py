@@ -18,7 +18,7 @@ import torch
 from dittocache.data.pictures import picture_size
 from dittocache.data.sample import Sample
 from dittocache.errors import ModelError
-from dittocache.families.base import Artifact, ArtifactInput, Sizes, Tensors, TrainingInputs, TransformerAdapter
+from dittocache.families.base import Artifact, ArtifactInput, Sizes, Tensors, TrainingInputs
 from dittocache.families.flow_matching import interpolate, pad_prompts, picture_shapes, stack
 from dittocache.families.loading import load_components
 from dittocache.families.loss_masks import LOSS_MASK, mask_artifact, mask_pictures
@@ -46,6 +46,7 @@ from dittocache.families.qwen_image_encoding import (
     prompt_template,
 )
 from dittocache.families.qwen_processor import image_backend, load_still_image_processor
+from dittocache.families.transformer_side import TransformerAdapter
 
 SizeOf = Callable[[Path], tuple[int, int]]
 

@@ -12,11 +12,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from dittocache.families.base import CacheContext, JointQKV, TokenLayout
 from dittocache.families.batch_rows import batch_rows
 from dittocache.families.denoiser import is_isolated
 from dittocache.families.lora_scale import lora_scaled, without_scale
 from dittocache.families.polynomials import PUBLISHED
+from dittocache.families.transformer_side import CacheContext, JointQKV, TokenLayout
 from dittocache.families.usual_forward import UsualForward
 
 

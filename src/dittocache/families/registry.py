@@ -10,7 +10,7 @@ from types import MappingProxyType
 from torch import nn
 
 from dittocache.errors import ModelError
-from dittocache.families.base import Family, StepAdapter, TransformerAdapter
+from dittocache.families.base import Family
 from dittocache.families.flux import Flux
 from dittocache.families.flux2_transformer import Flux2TransformerAdapter
 from dittocache.families.flux_kontext import FluxKontext
@@ -19,6 +19,7 @@ from dittocache.families.qwen_image import QwenImage
 from dittocache.families.qwen_image21_transformer import QwenImage21TransformerAdapter
 from dittocache.families.qwen_image_edit import QwenImageEdit
 from dittocache.families.qwen_image_edit_plus import QwenImageEditPlus
+from dittocache.families.transformer_side import StepAdapter, TransformerAdapter
 from dittocache.families.z_image_transformer import ZImageTransformerAdapter
 
 _families: tuple[Family, ...] = (

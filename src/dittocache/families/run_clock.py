@@ -22,7 +22,7 @@ from diffusers.hooks.hooks import StateManager
 from torch import nn
 
 from dittocache.families.active_adapters import adapters_of
-from dittocache.families.base import StepAdapter, TokenLayout
+from dittocache.families.transformer_side import StepAdapter, TokenLayout
 
 logger = logging.getLogger(__name__)
 

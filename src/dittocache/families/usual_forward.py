@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dittocache.families.base import Polynomial, TokenLayout
+from dittocache.families.transformer_side import Polynomial, TokenLayout
 
 
 class UsualForward:

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from dittocache.errors import StepCacheError
-from dittocache.families.base import CacheContext, TokenLayout
 from dittocache.families.lora_scale import lora_scaled
 from dittocache.families.polynomials import PLAIN
 from dittocache.families.stock_blocks import run_stock_blocks
+from dittocache.families.transformer_side import CacheContext, TokenLayout
 from dittocache.families.usual_forward import UsualForward
 
 

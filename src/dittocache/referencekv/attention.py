@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dittocache.errors import ReferenceCacheError
-from dittocache.families.base import JointQKV, TransformerAdapter
+from dittocache.families.transformer_side import JointQKV, TransformerAdapter
 from dittocache.referencekv.storage import KeyValue, ReferenceSource
 
 ReferenceInput = tuple[torch.Tensor, tuple[torch.Tensor, ...]]

@@ -15,10 +15,10 @@ from diffusers.hooks.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from dittocache.errors import ModelError, ReferenceCacheError
-from dittocache.families.base import TokenLayout, TransformerAdapter
 from dittocache.families.denoiser import REFERENCE_KV_HOOK, find_denoiser, installed_hook, is_isolated, remove_hook
 from dittocache.families.registry import adapter_of
 from dittocache.families.run_clock import BranchListener, DenoisingCall, RunClock, bind_forward
+from dittocache.families.transformer_side import TokenLayout, TransformerAdapter
 from dittocache.referencekv.attention import ReferenceAttention, check_attention, source_of
 from dittocache.referencekv.blocks import AroundBlocks
 from dittocache.referencekv.config import ReferenceKVConfig

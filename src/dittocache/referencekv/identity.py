@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dittocache.families.active_adapters import adapters_of
-from dittocache.families.base import TokenLayout, TransformerAdapter
+from dittocache.families.transformer_side import TokenLayout, TransformerAdapter
 
 Version = tuple[weakref.ref[torch.Tensor], int]
 

@@ -14,9 +14,9 @@ from diffusers.hooks.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from dittocache.errors import ReferenceCacheError
-from dittocache.families.base import TokenLayout, TransformerAdapter
 from dittocache.families.denoiser import ISOLATION_HOOK, installed_hook, remove_hook
 from dittocache.families.run_clock import bind_forward
+from dittocache.families.transformer_side import TokenLayout, TransformerAdapter
 from dittocache.referencekv.attention import AttentionStandIn, ReferenceInput, key_mask, source_of
 from dittocache.referencekv.storage import KeyValue, ReferenceSource
 

@@ -19,7 +19,6 @@ from diffusers.hooks.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from dittocache.errors import ModelError, ReferenceCacheError
-from dittocache.families.base import TransformerAdapter
 from dittocache.families.denoiser import (
     ISOLATION_HOOK,
     REFERENCE_KV_HOOK,
@@ -30,6 +29,7 @@ from dittocache.families.denoiser import (
 )
 from dittocache.families.registry import adapter_of
 from dittocache.families.run_clock import bind_forward
+from dittocache.families.transformer_side import TransformerAdapter
 from dittocache.referencekv.attention import check_attention
 from dittocache.referencekv.isolated_block import OUTSIDE, PASSING, IsolatedAttention, IsolatedBlock, ReferencePass
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dittocache.errors import ModelError, ReferenceCacheError
-from dittocache.families.base import TransformerAdapter
 from dittocache.families.denoiser import find_denoiser
 from dittocache.families.registry import adapter_of
+from dittocache.families.transformer_side import TransformerAdapter
 from dittocache.referencekv.config import ReferenceKVConfig
 from dittocache.referencekv.storage import FP8, MODULATED_INPUT, NATIVE, StorageForm
 

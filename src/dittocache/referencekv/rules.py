@@ -9,7 +9,7 @@ from typing import Literal, cast, get_args
 from torch import nn
 
 from dittocache.errors import ReferenceCacheError
-from dittocache.families.base import TransformerAdapter
+from dittocache.families.transformer_side import TransformerAdapter
 from dittocache.referencekv.config import ReferenceKVConfig
 from dittocache.referencekv.policy import EXACT, RefreshRule
 

@@ -9,10 +9,10 @@ from typing import Any
 from diffusers.hooks.hooks import HookRegistry
 
 from dittocache.errors import StepCacheError
-from dittocache.families.base import StepAdapter
 from dittocache.families.denoiser import Denoiser, find_denoiser, installed_hook, remove_hook
 from dittocache.families.polynomials import range_of
 from dittocache.families.run_clock import RunClock
+from dittocache.families.transformer_side import StepAdapter
 from dittocache.teacache.choice import step_cache
 from dittocache.teacache.config import TeaCacheConfig
 from dittocache.teacache.extractors import (

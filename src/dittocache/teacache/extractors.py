@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, MutableMapping, Sequence
 
 from dittocache.errors import StepCacheError
-from dittocache.families.base import CacheContext, Polynomial, StepAdapter
 from dittocache.families.polynomials import PLAIN
+from dittocache.families.transformer_side import CacheContext, Polynomial, StepAdapter
 from dittocache.teacache.stack import Extractor
 
 __all__ = ["EXTRACTOR_REGISTRY", "CacheContext", "get_extractor", "register_extractor"]

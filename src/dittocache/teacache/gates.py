@@ -12,8 +12,8 @@ from typing import Protocol
 
 import torch
 
-from dittocache.families.base import CacheContext
 from dittocache.families.run_clock import DenoisingCall, RunClock
+from dittocache.families.transformer_side import CacheContext
 from dittocache.teacache.error_policy import ErrorPolicy, ErrorState, after_computed, decide_by_error
 from dittocache.teacache.policy import (
     SCHEDULED,

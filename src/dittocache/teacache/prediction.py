@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from dittocache.errors import StepCacheError
-from dittocache.families.base import CacheContext
+from dittocache.families.transformer_side import CacheContext
 from dittocache.teacache.outputs import sample_of, with_sample
 from dittocache.teacache.signal import relative_distance
 

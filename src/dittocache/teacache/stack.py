@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dittocache.errors import StepCacheError
-from dittocache.families.base import CacheContext, StepAdapter, TokenLayout
+from dittocache.families.transformer_side import CacheContext, StepAdapter, TokenLayout
 from dittocache.teacache.offloading import brought_in
 from dittocache.teacache.outputs import sample_of, with_sample
 from dittocache.teacache.prediction import StackPass
