@@ -185,8 +185,9 @@ class _Form:
             on_change=lambda event: self._give_and_build("reference_cache", event.value),
         ).mark("reference-cache")
         if given.get("reference_cache", True):
-            kept = config.reference_kv.refresh if config is not None and config.reference_kv is not None else None
-            self._number(given, "Computed anew every … steps (0: never)", "refresh", str(kept or 0), 0)
+            kept = config.reference_kv.refresh if config is not None and config.reference_kv is not None else 0
+            kept = kept if isinstance(kept, int) else 0  # steps by name, or adaptive: left as the run has them
+            self._number(given, "Computed anew every … steps (0: as suits)", "refresh", str(kept), 0)
 
     def _take_away(self, image: str) -> None:
         images = [one for one in self._request.given.get("generate.image") or [] if one != image]
