@@ -105,6 +105,7 @@ def settings(options: argparse.Namespace, visibility: str) -> TrainConfig:
             "checkpoint_every": 50,
             "keep_checkpoints": 2,
             "reference_visibility": visibility,
+            "self_distillation": options.self_distillation if visibility == "isolated" else 0.0,
         }
     )
 
@@ -198,6 +199,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=12, help="LoRA rank (default 12)")
     parser.add_argument("--batch-size", type=int, default=16, help="edits a step (default 16)")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate (default 2e-3)")
+    parser.add_argument(
+        "--self-distillation", type=float, default=0.0, help="share of the model's own velocity in the target (0)"
+    )
     parser.add_argument("--chunks", type=int, default=4, help=f"training edits, in lots of {CHUNK} (default 4)")
     parser.add_argument("--held-out", type=int, default=32, help="held-out edits (default 32)")
     parser.add_argument("--sampling-steps", type=int, nargs="+", default=[8, 28], help="denoising steps (8 28)")

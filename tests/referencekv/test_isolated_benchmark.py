@@ -19,7 +19,14 @@ from dittocache.training.lora import read_reference_visibility
 @pytest.fixture
 def options(tmp_path: Path) -> argparse.Namespace:
     return argparse.Namespace(
-        model=MODEL_DIR, work_dir=tmp_path, steps=2, batch_size=2, rank=2, learning_rate=1e-3, held_out=1
+        model=MODEL_DIR,
+        work_dir=tmp_path,
+        steps=2,
+        batch_size=2,
+        rank=2,
+        learning_rate=1e-3,
+        held_out=1,
+        self_distillation=1.0,
     )
 
 

@@ -26,10 +26,10 @@ from dittocache.demo.train.muon import Muon
 from dittocache.demo.train.run import Budget, Log, load_checkpoint, save_checkpoint
 from dittocache.families.registry import get_family
 from dittocache.training.config import TrainConfig
-from dittocache.training.lora import add_lora, save_lora, target_pattern
+from dittocache.training.lora import WEIGHT_NAME, add_lora, save_lora, target_pattern
 
 FAMILY = "qwen-image-edit-plus"
-RANK = 32
+RANK = 24
 BATCH = 16
 RATE = 6e-3
 EMA_DECAY = 0.99
@@ -68,6 +68,16 @@ def add_factors(transformer: nn.Module, rank: int) -> dict[str, Factors]:
     return found
 
 
+def read_factors(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The factors `(down, up)` by layer of a LoRA of this family."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / WEIGHT_NAME)
+    down, up = (f".lora_{letter}.weight" for letter in "AB")
+    names = [name.removeprefix("transformer.").removesuffix(down) for name in tensors if name.endswith(down)]
+    return {name: (tensors[f"transformer.{name}{down}"], tensors[f"transformer.{name}{up}"]) for name in names}
+
+
 def save_factors(folder: Path, model_dir: Path, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Path:
     """Write factors `(down, up)` by layer as a LoRA in 16 bit that says what it was trained with; return the file."""
     family = get_family(FAMILY)
@@ -100,15 +110,24 @@ def distillation_loss(
     return (errors * weights).sum() / weights.sum()
 
 
-def train_exact_lora(work_dir: Path, model_dir: Path, minutes: float, compiled: bool = True) -> Iterator[int]:
+def train_exact_lora(
+    work_dir: Path, model_dir: Path, minutes: float, compiled: bool = True, start: Path | None = None
+) -> Iterator[int]:
     """Train for `minutes` in all, yielding after every step; resumes from its checkpoint.
 
     The averaged LoRA is written to `work_dir/exact-lora` every `SAVE_STEPS` steps and at the end.
+
+    Args:
+        compiled: whether blocks are compiled, which takes minutes and pays in a long run.
+        start: a LoRA of this rank with isolated references to begin with.
     """
     transformer = load_pipeline(folder=model_dir).transformer
     teacher = TrainingForward(transformer.requires_grad_(False), TEXT_LENGTH, compiled)
     student = copy.deepcopy(transformer)
     factors = add_factors(student, RANK)
+    for name, (down, up) in ({} if start is None else read_factors(start)).items():
+        factors[name].down.data.copy_(down)
+        factors[name].up.data.copy_(up)
     pupil = TrainingForward(student, TEXT_LENGTH, compiled, isolated=True)
     parameters = [one for part in factors.values() for one in (part.down, part.up)]
     average = [one.detach().clone() for one in parameters]
