@@ -16,7 +16,7 @@ from tests.training.processes import environment
 
 from dittocache.config import RunConfig, check_config, save_config
 from dittocache.errors import ConfigError
-from dittocache.events import Event, EventLog, read_events
+from dittocache.events import Event, EventLog
 from dittocache.jobs import training_memory
 from dittocache.jobs.inputs import RunInputs
 from dittocache.jobs.lora_training import open_source
@@ -190,19 +190,6 @@ def test_tensorboard_gets_the_numbers_of_every_step(config: RunConfig) -> None:
     for name in ("loss", "learning_rate", "grad_norm"):
         points = [(point.step, point.value) for point in written.Scalars(name)]
         assert points == [(event["step"], pytest.approx(event[name], rel=1e-6)) for event in metrics]
-
-
-def test_two_processes_share_one_run_with_pictures(config: RunConfig) -> None:
-    carry_out(config, *CACHED)
-    shared = _with(config, processes=2, validate_every=1, steps=2, validation_pictures=1)
-    save_config(shared, shared.run_dir / "config.yaml")
-    ended = _stage(shared)
-    assert ended.returncode == 0, ended.stdout
-    events = [event for event in read_events(shared.run_dir / "events.jsonl") if event["stage"] == "train"]
-    assert [event["step"] for event in events if event["kind"] == "metric"] == [1, 2]
-    assert [event["kind"] for event in events].count("stage_finished") == 1
-    assert [event["validation"]["step"] for event in events if "validation" in event] == [1, 2]
-    assert read_settings(shared.run_dir / "lora")["global_batch"] == 2
 
 
 def test_an_error_in_one_of_two_processes_ends_both(config: RunConfig) -> None:

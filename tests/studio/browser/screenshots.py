@@ -100,8 +100,9 @@ def _take(browser: Browser, address: str, folder: Path, name: str, size: tuple[i
         context.add_cookies([{"name": "studio-theme", "value": "dark", "url": address}])
     visitor = Visitor(context.new_page(), address)
     visitor.page.set_default_timeout(60_000)
-    path = "/reports?open=demo" if name == "reports" else f"/{name}"
-    visitor.go(path)
+    # Of the other run nothing was made after its training: all stages are there.
+    shown = {"reports": "?open=demo", "train": f"?run={COMPARED_RUN}"}
+    visitor.go(f"/{name}{shown.get(name, '')}")
     _settle(visitor.page, name)
     _hide_places(visitor.page, folder)
     file = out / f"studio-{name}-{width}.png"
