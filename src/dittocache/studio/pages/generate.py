@@ -204,11 +204,13 @@ class _Form:
             self._add(chosen)
 
     async def _uploaded(self, event: events.UploadEventArguments) -> None:
+        self._problems.clear()
         try:
             content = await event.file.read()
             self._add(await run.io_bound(keep_picture, content, event.file.name, self._studio.home / UPLOADS_NAME))
         except (DittocacheError, OSError) as error:
-            ui.notify(shown(error, 500), type="negative")
+            with self._problems:
+                problems_list([str(error)], "The picture was not taken")
 
     async def _example(self) -> None:
         """Ask for an edit that the model was not trained on, where a set is held out; else one of the data set."""
