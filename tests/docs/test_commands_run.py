@@ -18,6 +18,7 @@ from dittocache.demo.tiny import save_tiny
 
 __all__ = ["forked_stages"]
 
+TESTED_ELSEWHERE = ("studio", "queue")  # they leave processes behind
 OWN_DATA = Path("data/my-edit")  # the data set that the pages speak of
 
 
@@ -26,11 +27,8 @@ def page_commands() -> list[Any]:
     pages: dict[str, list[list[str]]] = {page.name: [] for page in PAGES}
     for parameter in commands():
         words = parameter.values[0]
-        if (words[0] == "dittocache" and words[1] != "studio") or words[:3] == [
-            "python",
-            "-m",
-            "dittocache.main",
-        ]:  # torchrun has tests of its own
+        ours = words[0] == "dittocache" and words[1] not in TESTED_ELSEWHERE
+        if ours or words[:3] == ["python", "-m", "dittocache.main"]:  # torchrun has tests of its own
             pages[str(parameter.id).split(":")[0]].append(words)
     return [pytest.param(found, id=page) for page, found in pages.items() if found]
 
