@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 
 from dittocache.quality.machine import describe_machine
+from dittocache.sampling.session import without_remarks
 from step_methods import all_settings
 from step_runs import Bench, Ledger, measure
 from step_tables import lead, pareto, plot, printed, rows_of
@@ -36,11 +36,11 @@ from step_tables import lead, pareto, plot, printed, rows_of
 RESULTS = Path(__file__).parent / "results"
 
 
+@without_remarks()  # that a mild setting skips nothing is no news here
 def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Measure, print tables, write `step_cache.json` and a plot for each cell."""
     options = parser().parse_args(words)
     options.out.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("dittocache").setLevel(logging.ERROR)  # a mild setting that skips nothing is no news here
     torch.set_num_threads(options.threads)
     ends = time.monotonic() + 60 * options.minutes
     cells: dict[str, dict[str, Any]] = {}

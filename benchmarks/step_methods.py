@@ -63,8 +63,8 @@ def our_settings(steps: int, calibrations: Calibrations) -> Iterator[Setting]:
             chosen = {"gate": "error", "error_tolerance": tolerance, "prediction": prediction}
             yield _ours(f"error gate, {prediction}", tolerance, **chosen)
     for power, name in ((1.0, "even schedule, output_linear"), (1.6, "schedule closer late, output_linear")):
-        for speed in (1.5, 2.0, 2.6, 3.1):
-            computed = spread(steps, round(steps / speed), power)
+        for count in dict.fromkeys(round(steps / speed) for speed in (1.5, 2.0, 2.6, 3.1)):
+            computed = spread(steps, count, power)
             yield _ours(name, len(computed), gate="schedule", schedule=computed)
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +29,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenIm
 
 import step_peers
 from dittocache.quality.machine import describe_machine
-from dittocache.sampling.session import cached
+from dittocache.sampling.session import cached, without_remarks
 from dittocache.teacache.config import TeaCacheConfig
 
 RESULTS = Path(__file__).parent / "results"
@@ -210,6 +209,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@without_remarks()  # that a cache skips nothing is the point here
 def main(words: Sequence[str] | None = None) -> dict[int, Any]:
     """Measure, print a table, write `results/step_overhead.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -217,7 +217,6 @@ def main(words: Sequence[str] | None = None) -> dict[int, Any]:
     parser.add_argument("--rounds", type=int, default=20, help="pairs of runs (default 20)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(words)
-    logging.disable(logging.WARNING)  # that a cache skips nothing is the point here
     options.out.mkdir(parents=True, exist_ok=True)
     results: dict[int, Any] = {}
     with _one_thread():

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from dittocache.quality.tuning.settings import PLAIN, Setting, all_methods
 from dittocache.quality.tuning.target import Target
 from dittocache.quality.tuning.tune import Tuned, tune
 from dittocache.sampling.generate import Picture
-from dittocache.sampling.session import cached
+from dittocache.sampling.session import cached, without_remarks
 
 RESULTS = Path(__file__).parent / "results" / "tuning"
 TARGETS = (
@@ -66,6 +65,7 @@ class Drawn:
         return Picture(image, seconds, trace)
 
 
+@without_remarks()  # that a mild setting skips nothing is no news here
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=8)
@@ -75,7 +75,6 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--promise", choices=("each", "mean"), default="each")
     options = parser.parse_args()
-    logging.getLogger("dittocache").setLevel(logging.ERROR)  # a mild setting that skips nothing is no news here
     pipe = load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     edits = evaluation_edits(options.samples + options.held_out + options.unseen)

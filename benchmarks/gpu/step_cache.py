@@ -13,7 +13,6 @@ is all that they add. Results are saved after every row; started again, the prog
 from __future__ import annotations
 
 import argparse
-import logging
 import statistics
 import sys
 import tempfile
@@ -42,6 +41,7 @@ from dittocache.families.stock_calls import usual_steps
 from dittocache.quality.tuning.settings import spread
 from dittocache.sampling.config import GenerateConfig
 from dittocache.sampling.generate import Picture, generate
+from dittocache.sampling.session import without_remarks
 from dittocache.teacache.config import TeaCacheConfig
 
 COMPONENTS = ("transformer", "scheduler", "vae")
@@ -49,10 +49,10 @@ SHARES = (1, 2, 3, 4)
 """One step of so many is computed."""
 
 
+@without_remarks()  # that a mild setting skips nothing is no news here
 def main(words: Sequence[str]) -> Results:
     """Measure what the results lack, print the table."""
     wanted = parser().parse_args(words)
-    logging.getLogger("dittocache").setLevel(logging.ERROR)  # that some rows skip nothing is no news here
     device = device_of(wanted)
     ends = time.monotonic() + 60 * wanted.minutes
     with tempfile.TemporaryDirectory(prefix="dittocache-gpu-", dir=wanted.folder) as folder:

@@ -72,7 +72,7 @@ def test_calibrate_then_tune_then_generate(config: RunConfig, folder: Path) -> N
     assert sum(point["plain"] for point in told["points"]) > 0
     assert sum(point["chosen"] for point in told["points"]) == 1
     written = yaml.safe_load((inputs.run_dir / "teacache.yaml").read_text())
-    kept = {"reference_kv": result_of(inputs)["reference_kv"]} if "reference_kv" in result_of(inputs) else {}
+    kept = {"reference_kv": measured["reference_kv"]} if "reference_kv" in measured else {}
     assert written in ({"teacache": tuned.settings, **kept}, {"generate": {"num_inference_steps": 4}})
 
     found = check_config(config.model_dump(mode="json"), {"teacache": {"profile": "auto"}, **kept})

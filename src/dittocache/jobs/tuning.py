@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -33,6 +31,7 @@ from dittocache.quality.tuning.tune import TIMED, Tuned
 from dittocache.quality.tuning.tune import tune as search_settings
 from dittocache.referencekv.config import ReferenceKVConfig
 from dittocache.referencekv.hook import apply_reference_kv, remove_reference_kv
+from dittocache.sampling.session import without_remarks
 from dittocache.teacache.fingerprint import fingerprint, json_digest
 from dittocache.teacache.profile import Calibration, RunPrint, known_profile, profiles_folder
 
@@ -62,7 +61,7 @@ def tune(inputs: RunInputs, log: EventLog) -> None:
         None if options.lpips_weights is None else partial(_perceptual, options.lpips_weights),
     )
     target = Target.parse(options.target)
-    with _unremarked():
+    with without_remarks():  # that a mild setting skips nothing is part of the search
         found = search_settings(target, options.promise, methods, samples, held_out, ledger)
     recommended, remark = recommendation(found, run)
     profile = save_profile(inputs, pipe, run, dict(calibration), recommended, remark)
@@ -92,18 +91,6 @@ def tune(inputs: RunInputs, log: EventLog) -> None:
     summary = {"words": found.words, "curve": [_row(point) for point in found.measured], "settings": recommended}
     summary |= _reference_settings(found)
     (inputs.run_dir / TUNING_NAME).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _unremarked() -> Iterator[None]:
-    """Keep the sessions' remarks out of the log: that a mild setting skips nothing is part of the search."""
-    logger = logging.getLogger("dittocache.sampling.session")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def expected_pictures(methods: list[Method], samples: int, held_out: int) -> int:

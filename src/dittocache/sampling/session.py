@@ -86,6 +86,18 @@ def cached(
         yield trace
 
 
+@contextmanager
+def without_remarks() -> Iterator[None]:
+    """Keep the caches' remarks out of the log, where settings are tried on purpose; traces still have them."""
+    remarks = logging.getLogger("dittocache")
+    level = remarks.level
+    remarks.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        remarks.setLevel(level)
+
+
 class _Recorder(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
     """Outermost hook: times every call and writes down what the caches within did about it."""
 
