@@ -9,12 +9,12 @@ from playwright.sync_api import Browser, expect
 from tests.studio.browser.serving import running_studio
 from tests.studio.browser.visitor import PATIENCE, Visitor
 
-STEPS = 40
+STEPS = 150  # long enough to be stopped on the way, also by a browser that is slow
 SETTINGS = {
     "train.steps": str(STEPS),
     "train.batch_size": "1",
     "train.checkpoint_every": "10",
-    "train.validate_every": "20",
+    "train.validate_every": str(STEPS // 2),
     "train.validation_pictures": "1",
     "generate.num_inference_steps": "6",
 }
@@ -47,7 +47,7 @@ def test_from_pictures_to_a_lora_and_its_pictures(browser: Browser, tmp_path: Pa
         second.sees_run("Running")
         assert second.log().startswith(seen_log)
         assert second.losses()[: len(seen_losses)] == seen_losses
-        second.press("Stop")
+        second.stop()
         second.sees_run("Stopped")
         second.sees_stage("train", "stopped")
         done = second.losses()
@@ -61,7 +61,7 @@ def test_from_pictures_to_a_lora_and_its_pictures(browser: Browser, tmp_path: Pa
         third.sees_run("Finished")
         second.sees_run("Finished")
         for visitor in (second, third):
-            expect(visitor.page.locator(".live-run .tile")).to_have_count(2, timeout=PATIENCE)  # of steps 20 and 40
+            expect(visitor.page.locator(".live-run .tile")).to_have_count(2, timeout=PATIENCE)  # half-way, at the end
             assert all(width > 0 for width in visitor.pictures(".live-run"))
             losses = visitor.losses()
             assert [step for step, _ in losses] == list(range(1, STEPS + 1)), "no step is lost, none is there twice"

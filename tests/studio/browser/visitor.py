@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Any, cast
 
+from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import Locator, Page, expect
 
+ANSWER = 10_000.0  # ms
 PATIENCE = 300_000.0  # ms: other tests may have the machine's cores
 
 
@@ -27,6 +30,15 @@ class Visitor:
     def press(self, label: str) -> None:
         """Press the button with this name."""
         self.page.get_by_role("button", name=label, exact=True).click()
+
+    def stop(self) -> None:
+        """Press Stop, again where the page was loaded anew before it heard: once it has, the button says more."""
+        button = self.page.get_by_role("button", name="Stop", exact=True)
+        button.wait_for()
+        while button.is_visible():
+            with contextlib.suppress(PlaywrightError):
+                button.click(timeout=ANSWER)
+                button.wait_for(state="hidden", timeout=ANSWER)
 
     def sees(self, text: str) -> None:
         """Wait until this text is there."""
