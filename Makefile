@@ -45,8 +45,8 @@ lint: $(INSTALLED)  ## style, formatting, strict types and layers
 	$(BIN)/lint-imports
 
 bench: $(INSTALLED)  ## run the CPU benchmarks; tables go to benchmarks/results
-	@set -e; for script in benchmarks/*.py; do \
-		echo "== $$script"; $(OFFLINE) $(BIN)/python $$script; done
+	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do \
+		echo "== $$script"; $(OFFLINE) PYTHONPATH=. $(BIN)/python $$script; done
 
 screenshots: $(INSTALLED)  ## make the docs' pictures of the Studio anew; needs Chromium
 	$(OFFLINE) $(BIN)/python -m tests.studio.browser.screenshots

@@ -59,7 +59,7 @@ def our_settings(steps: int, calibrations: Calibrations) -> Iterator[Setting]:
     for threshold in (_short(one * finer) for one in (0.015, 0.03, 0.05)):
         yield _calibrated("output_linear", "output", threshold, calibrations)
     for prediction in ("residual_linear", "output_linear"):
-        for tolerance in (_short(one * finer**2) for one in (0.0003, 0.0006, 0.001, 0.0025)):
+        for tolerance in (_short(one * finer**2) for one in (0.0003, 0.0006, 0.001, 0.0025, 0.006)):
             chosen = {"gate": "error", "error_tolerance": tolerance, "prediction": prediction}
             yield _ours(f"error gate, {prediction}", tolerance, **chosen)
     for power, name in ((1.0, "even schedule, output_linear"), (1.6, "schedule closer late, output_linear")):
