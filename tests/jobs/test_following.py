@@ -214,6 +214,14 @@ def test_the_list_of_runs(tmp_path: Path) -> None:
     assert runs["prepared"].started is None
 
 
+def test_the_last_loss_is_found_behind_much_that_was_told_since(tmp_path: Path) -> None:
+    run_dir = train_run(tmp_path, "run", [0.5, 0.25])
+    log = EventLog(run_dir / "events.jsonl", "generate")
+    for _ in range(3000):
+        log.message("a picture " * 30)
+    assert (summary_of(run_dir).step, summary_of(run_dir).loss) == (2, 0.25)
+
+
 def test_losses_side_by_side(tmp_path: Path) -> None:
     folders = [train_run(tmp_path, "a", [1.0, 0.5]), train_run(tmp_path, "b", [2.0]), train_run(tmp_path, "c", [])]
     assert compare_losses(folders) == {"a": ((1, 1.0), (2, 0.5)), "b": ((1, 2.0),)}

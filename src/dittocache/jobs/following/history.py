@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dittocache.errors import StageError
-from dittocache.events import EventReader, number_in, parse_event, read_events
+from dittocache.events import Event, EventReader, number_in, parse_event, read_events
 from dittocache.jobs.following.losses import LossCurve
 from dittocache.jobs.run_folder import (
     CONFIG_NAME,
@@ -25,6 +25,7 @@ from dittocache.jobs.run_folder import (
 
 TRASH_NAME = ".trash"  # beside the runs: where deleted ones go
 _START = f'"stage": "{WORKFLOW}", "kind": "stage_started"'.encode()  # as `EventLog` writes it
+_METRIC = b'"stage": "train", "kind": "metric"'
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -89,6 +90,8 @@ def summary_of(run_dir: Path) -> RunSummary:
         elif event["stage"] == "train" and event["kind"] == "result":
             found = number_in(event, "steps")
             steps = steps if found is None else int(found)
+    if step is None and (last := _last_event(run_dir / EVENTS_NAME, _METRIC)) is not None:
+        step, loss = int(last["step"]), number_in(last, "loss")  # much was told since, such as of pictures
     samples = _samples(run_dir)
     return RunSummary(
         name=run_dir.name,
@@ -152,20 +155,25 @@ def _taken_away(run_dir: Path) -> Path:
 
 
 def _last_start(path: Path) -> float | None:
-    """When the run was started last: the file is searched from its end, and one line of it is read."""
+    """When the run was started last."""
+    event = _last_event(path, _START)
+    if event is None:
+        event = next(iter(EventReader(path).read()), None)
+    return None if event is None else float(event["time"])
+
+
+def _last_event(path: Path, mark: bytes) -> Event | None:
+    """The last event with these bytes in its line: the file is searched from its end, and one line of it is read."""
     try:
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            found = content.rfind(_START)
+            found = content.rfind(mark)
             if found < 0:
                 return None
             beginning = content.rfind(b"\n", 0, found) + 1
             end = content.find(b"\n", found)
-            event = parse_event(content[beginning : end if end >= 0 else len(content)])
+            return parse_event(content[beginning : end if end >= 0 else len(content)])
     except (OSError, ValueError):  # not there, or empty
         return None
-    if event is None:
-        return next((one["time"] for one in EventReader(path).read()), None)
-    return float(event["time"])
 
 
 def _samples(run_dir: Path) -> list[Path]:
