@@ -201,19 +201,26 @@ def _baseline_steps(inputs: RunInputs, maker: _Maker, edit: Edit) -> int:
 
 def _variant(maker: _Maker, edit: Edit, number: int, way: Way) -> dict[str, Any]:
     picture = maker.make(edit, number, way)
+    return described_picture(
+        picture, way, maker.save(picture.image, f"{edit.name}-{way.label.lower().replace(' ', '-')}")
+    )
+
+
+def described_picture(picture: Picture, way: Way, file: str) -> dict[str, Any]:
+    """A picture that was made in this way, as `result` events name it; `file` is where it lies in the run's folder."""
     return {
         "label": way.label,
         "role": way.role,
         "settings": way.settings,
-        "picture": maker.save(picture.image, f"{edit.name}-{way.label.lower().replace(' ', '-')}"),
+        "picture": file,
         "seconds": picture.seconds,
-        "patterns": patterns_of(picture.trace),
+        "patterns": _patterns(picture.trace),
         "bytes_held": picture.trace.bytes_held if way.role == "cached" else None,
         "notes": picture.trace.notes,
     }
 
 
-def patterns_of(trace: Trace) -> dict[str, list[str]]:
+def _patterns(trace: Trace) -> dict[str, list[str]]:
     """What each step did, by branch: `computed`, `refreshed` (references too), `kept` (kept ones used), `skipped`."""
     patterns: dict[str, list[str]] = {}
     for step in trace.steps:

@@ -12,7 +12,7 @@ from dittocache.errors import ConfigError, DataError
 from dittocache.events import EventLog, Progress
 from dittocache.families.stock_calls import ControlResolution
 from dittocache.jobs.edits import PLAIN, Edit, Way, make_picture
-from dittocache.jobs.generation import cached_ways, checked_lora, described, patterns_of, use_lora
+from dittocache.jobs.generation import cached_ways, checked_lora, described, described_picture, use_lora
 from dittocache.jobs.inputs import RunInputs
 from dittocache.jobs.placed_pipeline import load_placed
 from dittocache.jobs.run_folder import SAMPLES_NAME
@@ -76,17 +76,7 @@ def _variant(inputs: RunInputs, way: Way, picture: Picture, uncached: Image.Imag
     file = Path(SAMPLES_NAME) / f"{way.role}.png"
     (inputs.run_dir / file).parent.mkdir(parents=True, exist_ok=True)
     picture.image.save(inputs.run_dir / file)
-    return {
-        "label": way.label,
-        "role": way.role,
-        "settings": way.settings,
-        "picture": str(file),
-        "seconds": picture.seconds,
-        "patterns": patterns_of(picture.trace),
-        "bytes_held": picture.trace.bytes_held if way.role == "cached" else None,
-        "notes": picture.trace.notes,
-        **({} if uncached is None else _distance(uncached, picture.image)),
-    }
+    return described_picture(picture, way, str(file)) | ({} if uncached is None else _distance(uncached, picture.image))
 
 
 def _distance(uncached: Image.Image, cached: Image.Image) -> dict[str, float]:
