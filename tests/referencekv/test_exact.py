@@ -23,6 +23,7 @@ from tests.denoising import (
     velocities,
 )
 from tests.referencekv.cached_steps import reference_kv
+from tests.referencekv.dense_attention import DenseAttention
 from torch._dynamo.testing import CompileCounter
 
 from dittocache.errors import ReferenceCacheError
@@ -99,35 +100,6 @@ def test_references_apart_do_not_see_each_other() -> None:
                 kept[apart, changed] = branch.take(2)[0][:, :first].clone()
     assert torch.equal(kept[True, False], kept[True, True])
     assert not torch.equal(kept[False, False], kept[False, True])
-
-
-class DenseAttention:
-    """References apart by a mask over all pairs of tokens, in one call."""
-
-    def __init__(self, adapter: Any, lengths: list[int]) -> None:
-        self._adapter = adapter
-        self._lengths = lengths
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: Any = None,
-        encoder_hidden_states_mask: torch.Tensor | None = None,
-    ) -> Any:
-        joint = self._adapter.joint_qkv(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
-        tokens = joint.query.shape[1]
-        seen = torch.ones(tokens, tokens, dtype=torch.bool)
-        start = tokens - sum(self._lengths)
-        for length in self._lengths:
-            seen[start : start + length] = False
-            seen[start : start + length, start : start + length] = True
-            start += length
-        heads = (tensor.transpose(1, 2) for tensor in (joint.query, joint.key, joint.value))
-        attended = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=seen)
-        return self._adapter.project_attention(attn, attended.transpose(1, 2).flatten(2, 3), joint.prefix)
 
 
 def test_references_apart_are_the_model_with_a_mask_and_references_at_t_0() -> None:

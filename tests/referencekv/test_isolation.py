@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig
 from tests.denoising import CHANNELS, EDIT, EDITS, Edit, equal, qwen_transformer, relative_error, velocities
 from tests.referencekv.cached_steps import FROZEN, reference_kv
+from tests.referencekv.dense_attention import DenseAttention
 
 from dittocache.errors import ModelError, ReferenceCacheError
 from dittocache.families.denoiser import is_isolated
@@ -59,34 +60,6 @@ def identical(one: KeysAndValues, other: KeysAndValues) -> bool:
     return all(torch.equal(a, b) for pair in zip(one, other, strict=True) for a, b in zip(*pair, strict=True))
 
 
-class DenseAttention:
-    """The same by a mask over all pairs of tokens, in one call: the plain way to say what isolation is."""
-
-    def __init__(self, adapter: Any, references: int) -> None:
-        self._adapter = adapter
-        self._references = references
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: Any = None,
-        encoder_hidden_states_mask: torch.Tensor | None = None,
-    ) -> Any:
-        joint = self._adapter.joint_qkv(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
-        batch, tokens = joint.query.shape[:2]
-        seen = torch.ones(batch, 1, tokens, tokens, dtype=torch.bool)
-        seen[:, :, -self._references :, : -self._references] = False
-        if encoder_hidden_states_mask is not None:
-            text = encoder_hidden_states_mask.shape[1]
-            seen[..., :text] &= encoder_hidden_states_mask[:, None, None, :]
-        heads = (tensor.transpose(1, 2) for tensor in (joint.query, joint.key, joint.value))
-        attended = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=seen)
-        return self._adapter.project_attention(attn, attended.transpose(1, 2).flatten(2, 3), joint.prefix)
-
-
 @every_edit
 @both_kinds
 @torch.no_grad()
@@ -94,7 +67,7 @@ def test_it_is_the_model_with_a_mask_and_references_at_t_0(edit: Edit, zero_cond
     dense = qwen_transformer(zero_cond_t=True)
     adapter = adapter_of(dense)
     for block in dense.transformer_blocks:
-        block.attn.set_processor(DenseAttention(adapter, edit.reference))
+        block.attn.set_processor(DenseAttention(adapter, [edit.reference]))
     model = qwen_transformer(zero_cond_t)
     isolate_references(model)
     for t in (1.0, 0.25):
@@ -310,7 +283,7 @@ def test_what_cannot_be_isolated_is_an_error() -> None:
     with reference_kv(model), pytest.raises(ReferenceCacheError, match="cache is on for this transformer; remove it"):
         isolation.remove()
     isolation.remove()
-    model.transformer_blocks[0].attn.set_processor(DenseAttention(adapter_of(model), 1))
+    model.transformer_blocks[0].attn.set_processor(DenseAttention(adapter_of(model), [1]))
     with pytest.raises(ReferenceCacheError, match="block 0 .* attends with DenseAttention, but isolation of"):
         isolate_references(model)
     with pytest.raises(ReferenceCacheError, match="no family knows the transformer Linear"):
