@@ -19,7 +19,8 @@ them when several were found at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class DittocacheError(Exception):
@@ -81,3 +82,12 @@ class StageError(DittocacheError):
 
 class AccessError(DittocacheError):
     """The Studio refuses a path outside its folders, or an upload of another kind or size."""
+
+
+@contextmanager
+def listed_in(problems: list[str], prefix: str = "") -> Iterator[None]:
+    """Add what the block raises to `problems`: each single problem where several were found."""
+    try:
+        yield
+    except DittocacheError as error:
+        problems.extend(prefix + problem for problem in error.problems or [str(error)])

@@ -6,8 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from dittocache.data.loading import notes_of
 from dittocache.data.sample import Sample
 from dittocache.embeddings.planning.identity import model_folder
 from dittocache.embeddings.planning.plan import Plan
-from dittocache.errors import ConfigError, DittocacheError
+from dittocache.errors import ConfigError, DittocacheError, listed_in
 from dittocache.events import EventLog
 from dittocache.families.loading import component_names
 from dittocache.jobs.inputs import RunInputs, latent_encoders, records_of, save_manifest, text_encoders
@@ -38,12 +37,12 @@ def validate(inputs: RunInputs, log: EventLog) -> None:
     _check_devices(inputs, problems)
     if _can(lambda: inputs.device):
         problems.extend(requirement_problems(inputs.config.train, inputs.device))
-    with _listed(problems):
+    with listed_in(problems):
         log.message(f"model {inputs.model} is a {inputs.family.name}")
     _check_bundled(inputs, problems)
     family_known = _can(lambda: inputs.family)
     if family_known or inputs.config.model.family is not None:  # else the line above says already that there is none
-        with _listed(problems):
+        with listed_in(problems):
             problems.extend(model_problems(inputs.model))
     if family_known:
         _check_data(inputs, problems)
@@ -169,10 +168,10 @@ def folder_problems(field: str, folder: Path) -> list[str]:
 
 
 def _check_devices(inputs: RunInputs, problems: list[str]) -> None:
-    with _listed(problems):
+    with listed_in(problems):
         _ = inputs.device
     for encoder in inputs.config.cache.devices:
-        with _listed(problems):
+        with listed_in(problems):
             inputs.encoder_device(encoder)
 
 
@@ -192,7 +191,7 @@ def _check_data(inputs: RunInputs, problems: list[str]) -> None:
     }
     for field, read in sets.items():
         samples: Sequence[Sample] = []
-        with _listed(problems, f"{field}: "):
+        with listed_in(problems, f"{field}: "):
             samples = read()
         problems.extend(visibility_problems(inputs.config.train, inputs.family.name, samples))
         problems.extend(f"{field}: {problem}" for problem in _unfit(samples, inputs))
@@ -203,7 +202,7 @@ def _unfit(samples: Sequence[Sample], inputs: RunInputs) -> list[str]:
     alike: dict[str, list[tuple[str, str]]] = {}
     for sample in samples:
         found: list[str] = []
-        with _listed(found):
+        with listed_in(found):
             inputs.family.artifacts(sample, inputs.sizes)
         for problem in found:
             alike.setdefault(problem.replace(repr(sample.name), ""), []).append((sample.name, problem))
@@ -213,15 +212,6 @@ def _unfit(samples: Sequence[Sample], inputs: RunInputs) -> list[str]:
         which = f"all {len(samples)} samples" if len(others) + 1 == len(samples) else f"{len(others)} more: {names}"
         lines.append(f"{first}; the same holds for {which}" if others else first)
     return lines
-
-
-@contextmanager
-def _listed(problems: list[str], prefix: str = "") -> Iterator[None]:
-    """Add what the block raises to `problems`: each single problem where several were found."""
-    try:
-        yield
-    except DittocacheError as error:
-        problems.extend(prefix + problem for problem in error.problems or [str(error)])
 
 
 def _can(look: Callable[[], Any]) -> bool:

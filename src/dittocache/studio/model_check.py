@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from dittocache.config import BUNDLED, RunConfig, check_config
-from dittocache.errors import ConfigError, DittocacheError
+from dittocache.errors import ConfigError, listed_in
 from dittocache.studio.state import Studio
 from dittocache.studio.training import outside_problems
 
@@ -78,15 +76,15 @@ def _look(config: RunConfig) -> ModelCheck:
     problems: list[str] = []
     folder, family, pipeline, device = "", "", "", ""
     components: tuple[Component, ...] = ()
-    with _listed(problems, "model.path: "):
+    with listed_in(problems, "model.path: "):
         folder = str(model_folder(inputs.model))
         index = model_index(folder)
         pipeline, components = str(index.get("_class_name", "")), _components(Path(folder), index)
         problems += model_problems(inputs.model)
     if folder:
-        with _listed(problems, "model.family: "):
+        with listed_in(problems, "model.family: "):
             family = inputs.family.name
-    with _listed(problems):
+    with listed_in(problems):
         device = inputs.device
     return ModelCheck(folder, family, pipeline, device, components, tuple(dict.fromkeys(problems)))
 
@@ -113,15 +111,6 @@ def known_families() -> list[str]:
     from dittocache.families.registry import FAMILIES
 
     return sorted(FAMILIES)
-
-
-@contextmanager
-def _listed(problems: list[str], prefix: str = "") -> Iterator[None]:
-    """Add what the block raises to `problems`."""
-    try:
-        yield
-    except DittocacheError as error:
-        problems.extend(prefix + one for one in error.problems or [str(error)])
 
 
 def _components(folder: Path, index: dict[str, object]) -> tuple[Component, ...]:
