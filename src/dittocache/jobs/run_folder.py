@@ -167,7 +167,7 @@ def held_folder(run_dir: Path, wait_seconds: float = 10.0) -> Iterator[int]:
         ) from error
     try:
         deadline = time.monotonic() + wait_seconds
-        while not _try_lock(descriptor):
+        while not try_lock(descriptor):
             if time.monotonic() > deadline:
                 raise StageError(
                     f"another run is at work in {run_dir}; stop it, wait for its end, or choose another name"
@@ -178,7 +178,8 @@ def held_folder(run_dir: Path, wait_seconds: float = 10.0) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file for this process alone; False where another one has locked it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -17,7 +17,7 @@ from typing import Literal
 from dittocache.config import RunConfig
 from dittocache.errors import ConfigError, StageError
 from dittocache.jobs.queue.job import Job, job_text, new_job, read_job
-from dittocache.jobs.run_folder import EVENTS_NAME, is_locked, run_status
+from dittocache.jobs.run_folder import EVENTS_NAME, is_locked, run_status, try_lock
 
 FOLDER_VARIABLE = "DITTOCACHE_QUEUE"
 WAITING, STARTED, ENDED = "waiting", "started", "ended"
@@ -148,12 +148,7 @@ class Queue:
         """Whether this process is the one that starts jobs until the block ends; False where another one is."""
         descriptor = os.open(self.folder / "runner.lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
+            yield try_lock(descriptor)
         finally:
             os.close(descriptor)
 
