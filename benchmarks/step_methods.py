@@ -52,7 +52,8 @@ def fewer_steps(steps: int) -> Iterator[Setting]:
 def our_settings(steps: int, calibrations: Calibrations) -> Iterator[Setting]:
     """The distance gate with the spec's polynomial and with the model's own, the error gate, fixed schedules."""
     finer = step_peers.CHOSEN_AT / steps
-    for threshold in (_short(0.03 * finer), _short(0.08 * finer), *PUBLISHED_THRESHOLDS):
+    published = PUBLISHED_THRESHOLDS if steps == step_peers.CHOSEN_AT else PUBLISHED_THRESHOLDS[:1]  # the cap decides
+    for threshold in (_short(0.03 * finer), _short(0.08 * finer), *published):
         yield _ours(SPEC, threshold, rel_l1_thresh=threshold)
     for threshold in (_short(one * finer) for one in (0.05, 0.1, 0.16)):
         yield _calibrated("residual", "residual", threshold, calibrations)
@@ -62,10 +63,17 @@ def our_settings(steps: int, calibrations: Calibrations) -> Iterator[Setting]:
         for tolerance in (_short(one * finer**2) for one in (0.0003, 0.0006, 0.001, 0.0025, 0.006)):
             chosen = {"gate": "error", "error_tolerance": tolerance, "prediction": prediction}
             yield _ours(f"error gate, {prediction}", tolerance, **chosen)
-    for power, name in ((1.0, "even schedule, output_linear"), (1.6, "schedule closer late, output_linear")):
+    for tolerance in (_short(one * finer**2) for one in (0.00015, 0.0003, 0.0006, 0.0012, 0.0025)):
+        chosen = {"gate": "error", "error_tolerance": tolerance, "prediction": "noise_linear"}
+        yield _ours("error gate, noise_linear", tolerance, **chosen)
+    for name, power, prediction in (
+        ("even schedule, output_linear", 1.0, "output_linear"),
+        ("schedule closer late, output_linear", 1.6, "output_linear"),
+        ("schedule closer late, noise_linear", 1.6, "noise_linear"),
+    ):
         for count in dict.fromkeys(round(steps / speed) for speed in (1.5, 2.0, 2.6, 3.1)):
             computed = spread(steps, count, power)
-            yield _ours(name, len(computed), gate="schedule", schedule=computed)
+            yield _ours(name, len(computed), gate="schedule", schedule=computed, prediction=prediction)
 
 
 def peer_settings(steps: int, guided: bool) -> Iterator[Setting]:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from tests.denoising import EDIT, DeviceReads, Pipeline, counted, qwen_transformer, sigmas, velocities
 from tests.teacache.skipped_steps import GUIDED, STEPS, run, teacache
 
+from dittocache.errors import StepCacheError
 from dittocache.families.transformer_side import CacheContext
 from dittocache.sampling.session import cached
 from dittocache.teacache.config import TeaCacheConfig
@@ -43,7 +44,56 @@ def test_a_line_in_sigma_is_continued_exactly(rows: list[int]) -> None:
     assert defect is not None and defect.tolist() == pytest.approx([0.5] * 3, rel=1e-3)
 
 
-@pytest.mark.parametrize("prediction", ["residual", "residual_linear", "output", "output_linear"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_line_of_the_noise_answers_to_the_latents_as_they_are(dtype: torch.dtype) -> None:
+    prediction = Prediction("noise", 1)
+    passed = StackPass(torch.zeros(2, 4, 3), torch.zeros(2, 4, 3))
+    slope, start, latents = (torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(n)) for n in (1, 2, 3))
+    velocity = lambda sigma, x: (start + slope * sigma - x) / (1 - sigma)  # noqa: E731
+    for sigma in (0.9, 0.8):
+        x = (latents * sigma).to(dtype)
+        output = (velocity(sigma, x).to(dtype),)
+        prediction.observe(prediction.value(passed, output, sigma, lambda x=x: x), sigma, output, range(2))
+    for now in (latents, latents + 1):  # wherever the solver has come to
+        (found,) = prediction.predict(0.5, _no_context, lambda now=now: now.to(dtype))
+        assert found.dtype == dtype
+        near = 1e-4 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(found.float(), velocity(0.5, now), rtol=near, atol=near)
+
+
+def test_where_the_input_does_not_hold_the_latents_the_output_is_predicted_unless_the_noise_was_asked_for() -> None:
+    output, joined = (torch.randn(1, 4, 3),), torch.randn(1, 4, 6)
+    for latents, found in ((lambda: joined, r"\(1, 4, 6\)"), (lambda: None, "does not hold them")):
+        prediction = Prediction("noise", 1, instead="output")
+        assert torch.equal(prediction.value(None, output, 0.5, latents), output[0])
+        assert prediction.subject == "output"
+        with pytest.raises(StepCacheError, match=rf"\(1, 4, 3\); this one .*{found}.*output_linear"):
+            Prediction("noise", 1).value(None, output, 0.5, latents)
+
+
+def test_only_a_default_prediction_may_give_way() -> None:
+    class Joined(torch.nn.Module):
+        """Latents come with a mask in each token, as in inpainting models; nobody has described the model."""
+
+        def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor]:
+            return (hidden_states[..., :3] * timestep,)
+
+    def denoised(**settings: Any) -> str:
+        model = Joined()
+        config = TeaCacheConfig(gate="schedule", schedule=(0, 1), num_inference_steps=4, **settings)
+        with cached(model, config) as trace:
+            for sigma in (1.0, 0.75, 0.5, 0.25):
+                model(hidden_states=torch.ones(1, 4, 6), timestep=torch.tensor([sigma]))
+        return trace.summary().partition("[")[2].partition("]")[0]
+
+    assert denoised() == "cc.c"
+    with pytest.raises(StepCacheError, match="Choose prediction 'output_linear'"):
+        denoised(prediction="noise_linear")
+
+
+@pytest.mark.parametrize(
+    "prediction", ["residual", "residual_linear", "output", "output_linear", "noise", "noise_linear"]
+)
 def test_rows_of_a_batch_are_those_of_the_sample_alone(prediction: str) -> None:
     for tolerance in [0.02 * 1.2**power for power in range(20)]:
         settings = {"gate": "error", "error_tolerance": tolerance, "prediction": prediction}

@@ -15,6 +15,7 @@ from tests.sampled_models import (
     NOISE,
     Model,
     latents,
+    picture,
     qwen21_kwargs,
     qwen21_transformer,
 )
@@ -122,12 +123,33 @@ def test_the_signal_is_what_the_first_block_attends_with(name: str, dtype: torch
 def test_the_output_is_continued_in_sigma(model: Model) -> None:
     transformer = model.build()
     stock = denoise(transformer, model)
-    with cached(transformer, SCHEDULE) as trace:
+    with cached(transformer, SCHEDULE.model_copy(update={"prediction": "output_linear"})) as trace:
         found = denoise(transformer, model)
     assert pattern(trace) == "cc..c..c"
-    for step, (now, before) in {2: (1, 0), 3: (1, 0), 5: (4, 1), 6: (4, 1)}.items():
+    for step, (now, before) in LINES.items():
         line = torch.lerp(stock[before], stock[now], (step - before) / (now - before))
         torch.testing.assert_close(found[step], line, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(found[step], stock[step]) for step in (0, 1, 4, 7))
+
+
+LINES = {2: (1, 0), 3: (1, 0), 5: (4, 1), 6: (4, 1)}
+"""Skipped steps of `SCHEDULE`, and the two computed ones before each."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_noise_is_continued_in_sigma_for_the_latents_as_they_are(name: str) -> None:
+    transformer, model = MODELS[name].build(), MODELS[name]
+    towards_noise = -1.0 if name == "Z-Image" else 1.0  # its pipeline negates what it returns
+    stock = [towards_noise * one for one in denoise(transformer, model)]
+    with cached(transformer, SCHEDULE) as trace:  # a schedule's prediction unless another is asked for
+        found = [towards_noise * one for one in denoise(transformer, model)]
+    assert pattern(trace) == "cc..c..c"
+    seen = [torch.stack([picture(one) for one in now]) if name == "Z-Image" else now for now, _ in path()]
+    levels = [sigma for _, sigma in path()]
+    noise = [now + (1 - sigma) * one for now, sigma, one in zip(seen, levels, stock, strict=True)]
+    for step, (now, before) in LINES.items():
+        line = torch.lerp(noise[before], noise[now], (step - before) / (now - before))
+        torch.testing.assert_close(found[step], (line - seen[step]) / (1 - levels[step]), rtol=1e-3, atol=1e-4)
     assert all(torch.equal(found[step], stock[step]) for step in (0, 1, 4, 7))
 
 

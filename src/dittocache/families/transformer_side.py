@@ -170,6 +170,14 @@ class StepAdapter(Protocol):
         """The noise's part of the image stream before or behind the blocks, or of the model's output."""
         ...
 
+    def noisy_latents(self, forward_kwargs: Mapping[str, Any], layout: TokenLayout) -> torch.Tensor:
+        """The latents x that the solver moves by the model's output, shaped as the noise's part of that.
+
+        With the output's sign: x + (1 - sigma) output is the noise, or the noise negated. Where more is joined to x
+        in each token, what comes in as a whole.
+        """
+        ...
+
     def noise_only(self, forward_kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
         """The same forward pass without reference tokens; positions stay those of the full sequence.
 

@@ -33,6 +33,10 @@ class UsualForward:
         """The first tokens."""
         return stream[:, : layout.noise]
 
+    def noisy_latents(self, forward_kwargs: Mapping[str, Any], layout: TokenLayout) -> torch.Tensor:
+        """The noise's part of `hidden_states`; the output is the velocity towards the noise."""
+        return self.noise_tokens(forward_kwargs["hidden_states"], layout, forward_kwargs)
+
 
 class FillsOwnCache(UsualForward):
     """A model whose forward can keep keys and values by itself: `kv_cache` and `kv_cache_mode`."""

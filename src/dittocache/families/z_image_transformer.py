@@ -71,6 +71,11 @@ class ZImageTransformerAdapter(UsualForward):
         """The first tokens of a stream `(B, tokens, D)`; an output is the noise's picture already."""
         return stream[:, : layout.noise] if stream.ndim == 3 else stream
 
+    def noisy_latents(self, forward_kwargs: Mapping[str, Any], layout: TokenLayout) -> torch.Tensor:
+        """The pictures that are made, `(B, C, F, H, W)`, negated: the output is the velocity away from the noise."""
+        made = [one[-1] if isinstance(one, list) else one for one in forward_kwargs["x"]]
+        return -torch.stack(made)
+
     def noise_only(self, forward_kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
         """Unchanged: the prompt is not embedded by `extract_context`."""
         return dict(forward_kwargs)

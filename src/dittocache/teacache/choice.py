@@ -40,7 +40,7 @@ def step_cache(config: TeaCacheConfig, policy: GatePolicy, stack: BlockStack) ->
     }
     return StepCache(
         make_gate,
-        partial(Prediction, cast(Subject, subject), order),
+        partial(Prediction, cast(Subject, subject), order, instead="output" if config.prediction is None else None),
         shared_gate=stack.signal_is_shared or config.gate != "distance",
         enabled=config.enabled,
         never_skipped=advice[config.gate],

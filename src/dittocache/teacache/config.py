@@ -27,9 +27,11 @@ class TeaCacheConfig(Settings):
     """What decides: the spec's `distance`; `error`, the measured error of the prediction, which needs no calibration;
     or a fixed `schedule` of computed steps."""
 
-    prediction: Literal["residual", "residual_linear", "output", "output_linear"] | None = None
-    """What a skipped step uses: the last residual of the blocks or the last output, or the line through the last two,
-    continued in sigma. `residual` with the distance gate, `output_linear` with the others, when left out."""
+    prediction: Literal["residual", "residual_linear", "output", "output_linear", "noise", "noise_linear"] | None = None
+    """What a skipped step uses: the last residual of the blocks, the last output (velocity), the last noise that the
+    model saw in the latents, or the line through the last two, continued in sigma. When left out, `residual` with the
+    distance gate; with the others `noise_linear`, or `output_linear` where the model's input does not hold the latents
+    that its output moves."""
 
     error_tolerance: float = Field(default=0.001, ge=0, allow_inf_nan=False)
     """Relative error of the velocity times the change of sigma that skipped steps may add up to (`gate: error`);
@@ -69,7 +71,7 @@ class TeaCacheConfig(Settings):
     @property
     def chosen_prediction(self) -> str:
         """The prediction, with what it is when left out."""
-        return self.prediction or ("residual" if self.gate == "distance" else "output_linear")
+        return self.prediction or ("residual" if self.gate == "distance" else "noise_linear")
 
     @property
     def is_as_published(self) -> bool:

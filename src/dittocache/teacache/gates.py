@@ -25,7 +25,7 @@ from dittocache.teacache.policy import (
     forced,
     forced_by_place,
 )
-from dittocache.teacache.prediction import Prediction
+from dittocache.teacache.prediction import Latents, Prediction, unknown
 from dittocache.teacache.ranks import OverRanks
 from dittocache.teacache.signal import read, relative_l1
 
@@ -39,6 +39,7 @@ class StepView:
         clock: knows the sigmas of the run.
         extract: takes the forward pass apart.
         over_ranks: averages numbers that were measured on a part of the tokens over all ranks; None: all are here.
+        latents: gives the noisy latents `(B, N, C)` as the solver has them, or None.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class StepView:
         clock: RunClock,
         extract: Callable[[], CacheContext],
         over_ranks: OverRanks | None = None,
+        latents: Latents = unknown,
     ) -> None:
+        self.latents = latents
         self.call = call
         self.rows = rows
         self.over_ranks = over_ranks
@@ -61,6 +64,11 @@ class StepView:
         if self._context is None:
             self._context = self._extract()
         return self._context
+
+    def latents_of(self, rows: Sequence[int]) -> torch.Tensor | None:
+        """The latents of some rows, in this order; None where the model's input does not hold them."""
+        whole = self.latents()
+        return whole if whole is None or len(rows) == self.rows else whole[list(rows)]
 
     @cached_property
     def sigmas(self) -> tuple[float, float]:

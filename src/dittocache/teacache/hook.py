@@ -146,14 +146,15 @@ class TeaCacheHook(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
         branch = self._branch(run, call.branch)
         rows = self._stack.samples(forward_kwargs)
         extract = partial(self._stack.extract, module, forward_kwargs, call.layout)
-        step = StepView(call, rows, self._clock, extract, self._over_ranks)
+        latents = partial(self._stack.latents, forward_kwargs, call.layout)
+        step = StepView(call, rows, self._clock, extract, self._over_ranks, latents)
         decisions = branch.gate.decide(step)
         must = self._stack.must_run(forward_kwargs)
         needed = [row for row in range(rows) if must or decisions[row].compute or not branch.prediction.ready(row)]
         self._report(call, decisions, needed)
         if not needed:
             run.skipped += 1
-            return branch.prediction.predict(self._sigma(step, branch), step.context)
+            return branch.prediction.predict(self._sigma(step, branch), step.context, step.latents)
         run.computed += 1
         part = self._stack.rows(forward_kwargs, needed) if len(needed) < rows else None
         if part is None or not all(branch.prediction.ready(row) for row in range(rows)):
@@ -161,7 +162,8 @@ class TeaCacheHook(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
         output, passed = self._stack.compute(module, part, call.layout, step.context, self.fn_ref.original_forward)
         if not self._cache.enabled or self._is_last(call):  # nothing that is kept would be read
             return self._assembled(step, branch, output, passed, needed)
-        value, sigma = branch.prediction.value(passed, output), self._sigma(step, branch)
+        sigma = self._sigma(step, branch)
+        value = branch.prediction.value(passed, output, sigma, partial(step.latents_of, needed))
         branch.gate.observe(step, branch.prediction, value, needed)
         whole = self._assembled(step, branch, output, passed, needed)
         branch.prediction.observe(value, sigma, output, needed)
@@ -173,7 +175,7 @@ class TeaCacheHook(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
         """The computed rows among the predicted ones; `output` itself where all rows were computed."""
         if len(computed) == step.rows:
             return output
-        predicted = sample_of(branch.prediction.predict(self._sigma(step, branch), step.context))
+        predicted = sample_of(branch.prediction.predict(self._sigma(step, branch), step.context, step.latents))
         found = noise_sample(passed, output)
         index = torch.tensor(list(computed), device=found.device)
         return with_sample(output, predicted.index_copy(0, index, found.to(predicted.dtype)))
@@ -188,7 +190,7 @@ class TeaCacheHook(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
 
     def _sigma(self, step: StepView, branch: _Branch) -> float:
         """Asked for only where something depends on it: it may have to be read from the device."""
-        return step.sigma if branch.prediction.order > 0 else 0.0
+        return step.sigma if branch.prediction.needs_sigma else 0.0
 
     def _branch(self, run: _Run, name: str) -> _Branch:
         if name not in run.branches:

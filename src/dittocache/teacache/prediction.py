@@ -1,9 +1,13 @@
 """What stands in for the transformer blocks on a skipped step.
 
-Two choices are made apart: *what* is predicted, the residual of the block stack (the spec) or the model's output, and
-*how*: the last value once more, or the line through the last two computed ones, continued in sigma. In rectified flow
-the output is the velocity of an ODE in sigma, so that the line is what a multistep solver would take; on the bundled
-model it is worth more than a better choice of steps.
+Two choices are made apart: *what* is predicted, and *how*: the last value once more, or the line through the last two
+computed ones, continued in sigma. What is predicted is one of
+
+- the residual of the block stack (the spec);
+- the model's output v, in rectified flow the velocity of an ODE in sigma: its line is what a multistep solver takes;
+- the noise eps = x + (1 - sigma) v that the model sees in the latents x. A skipped step then has the velocity
+  (eps - x) / (1 - sigma) of the latents as they are *now*, so that it answers to what earlier skipped steps did to them.
+  Under guidance, where v bends most, this is worth 5 to 10 dB on the bundled model; without, it is about even.
 """
 
 from __future__ import annotations
@@ -19,7 +23,18 @@ from dittocache.families.transformer_side import CacheContext
 from dittocache.teacache.outputs import sample_of, with_sample
 from dittocache.teacache.signal import relative_distance
 
-Subject = Literal["residual", "output"]
+Subject = Literal["residual", "output", "noise"]
+
+NEAREST_TO_NOISE = 1e-3
+"""1 - sigma is taken to be no smaller, which keeps its division finite; the first step is computed anyway."""
+
+
+Latents = Callable[[], torch.Tensor | None]
+
+
+def unknown() -> torch.Tensor | None:
+    """Latents that nobody knows."""
+    return None
 
 
 def _whole(sample: torch.Tensor) -> torch.Tensor:
@@ -55,17 +70,21 @@ class Prediction:
     Rows of a batch may have been computed at different steps.
 
     Args:
-        subject: what is kept: `residual` = output - input of the block stack, or the model's `output`.
+        subject: what is kept: `residual` = output - input of the block stack, the model's `output`, or the `noise`.
         order: 0 gives the last value again; 1 continues the line through the last two in sigma.
+        instead: what is kept where the model's input does not hold the latents that its output moves; without it that
+            is an error.
     """
 
-    def __init__(self, subject: Subject = "residual", order: int = 0) -> None:
+    def __init__(self, subject: Subject = "residual", order: int = 0, instead: Subject | None = None) -> None:
         self.subject: Subject = subject
         self.order = order
+        self._instead = instead
         self._now: torch.Tensor | None = None  # (B, N, D or C)
         self._before: torch.Tensor | None = None
         self._sigmas_now: list[float] = []  # of each row
         self._sigmas_before: list[float | None] = []
+        self._dtype = torch.float32  # of the output
         self._output: Any = None  # the last computed one without its tensors: what kind of thing to return
 
     def ready(self, row: int) -> bool:
@@ -75,17 +94,44 @@ class Prediction:
         return self.order == 0 or self._sigmas_before[row] is not None
 
     @property
+    def needs_sigma(self) -> bool:
+        """Whether anything depends on the noise level of a step."""
+        return self.order > 0 or self.subject == "noise"
+
+    @property
     def bytes_held(self) -> int:
         """Memory that the state holds on the device."""
         return sum(kept.numel() * kept.element_size() for kept in (self._now, self._before) if kept is not None)
 
-    def value(self, passed: StackPass | None, output: Any) -> torch.Tensor:
-        """What is kept of a computed step, noise tokens only; `passed` is None where the blocks are not known."""
+    def value(
+        self, passed: StackPass | None, output: Any, sigma: float = 0.0, latents: Latents = unknown
+    ) -> torch.Tensor:
+        """What is kept of a computed step, noise tokens only.
+
+        Args:
+            passed: None where the blocks are not known.
+            output: what the model returned.
+            sigma: noise level.
+            latents: gives the latents `(B, N, C)` of the same rows as the solver has them; None where the model's input
+                does not hold them.
+        """
         if self.subject == "residual" and passed is not None:
             return passed.residual.detach()
-        whole, noise = sample_of(output), noise_sample(passed, output).detach()
+        whole, velocity = sample_of(output), noise_sample(passed, output).detach()
+        if self.subject == "noise":
+            noisy = latents()
+            if noisy is not None and noisy.shape == velocity.shape:
+                self._dtype = velocity.dtype
+                return torch.add(noisy, velocity.float(), alpha=1 - sigma)
+            if self._instead is None:
+                found = "does not hold them" if noisy is None else f"has {tuple(noisy.shape)}"
+                raise StepCacheError(
+                    "to predict the noise, the latents that the transformer's output moves must be in its input, "
+                    f"as {tuple(velocity.shape)}; this one {found}. Choose prediction 'output_linear'"
+                )
+            self.subject = self._instead
         # A view would keep the reference tokens' part of the output alive.
-        return noise if noise.shape == whole.shape else noise.clone()
+        return velocity if velocity.shape == whole.shape else velocity.clone()
 
     def defect(self, value: torch.Tensor, sigma: float, rows: Sequence[int]) -> torch.Tensor | None:
         """How far the prediction for `rows` would have been from `value`, relative, `(rows,)` float32 on the device.
@@ -110,14 +156,25 @@ class Prediction:
         for row in rows:
             self._sigmas_before[row], self._sigmas_now[row] = self._sigmas_now[row], sigma
 
-    def predict(self, sigma: float, context: Callable[[], CacheContext]) -> Any:
+    def predict(
+        self,
+        sigma: float,
+        context: Callable[[], CacheContext],
+        latents: Latents = unknown,
+    ) -> Any:
         """What the model's forward would return for this skipped step, all rows; StepCacheError before `ready`.
 
-        `context` takes the forward pass apart; it is called where the model's own last layers are needed.
+        `context` takes the forward pass apart; it is called where the model's own last layers are needed. `latents`
+        gives those of all rows as the solver has them.
         """
         value = self._at(sigma)
         if self.subject == "output":
             return with_sample(self._output, value)
+        if self.subject == "noise":
+            now = latents()
+            assert now is not None  # `value` had them
+            velocity = (value - now) / max(1 - sigma, NEAREST_TO_NOISE)
+            return with_sample(self._output, velocity.to(self._dtype))
         found = context()
         return found.postprocess(found.hidden_states + value)
 

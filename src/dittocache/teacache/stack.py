@@ -48,6 +48,10 @@ class BlockStack(Protocol):
         """Whether later steps depend on this one having run."""
         ...
 
+    def latents(self, forward_kwargs: Mapping[str, Any], layout: TokenLayout | None) -> torch.Tensor | None:
+        """The noisy latents that the model's output moves, as the solver has them; None where nobody knows."""
+        ...
+
     def compute(
         self,
         module: nn.Module,
@@ -126,6 +130,10 @@ class StockStack:
         """Where the model fills a cache of its own."""
         return self._adapter.must_run(forward_kwargs)
 
+    def latents(self, forward_kwargs: Mapping[str, Any], layout: TokenLayout | None) -> torch.Tensor | None:
+        """The noise tokens as they come in."""
+        return None if layout is None else self._adapter.noisy_latents(forward_kwargs, layout)
+
     def compute(
         self,
         module: nn.Module,
@@ -175,6 +183,10 @@ class _Undescribed:
     def must_run(self, forward_kwargs: Mapping[str, Any]) -> bool:
         """Nobody said so."""
         return False
+
+    def latents(self, forward_kwargs: Mapping[str, Any], layout: TokenLayout | None) -> torch.Tensor | None:
+        """Nobody knows which argument they are."""
+        return None
 
 
 class WholeForward(_Undescribed):

@@ -20,7 +20,7 @@ from dittocache.teacache.config import TeaCacheConfig
 from dittocache.teacache.gates import Alone, DistanceGate, StepView
 from dittocache.teacache.hook import StepCache
 from dittocache.teacache.policy import Decision, GatePolicy
-from dittocache.teacache.prediction import Prediction, StackPass
+from dittocache.teacache.prediction import Latents, Prediction, StackPass, unknown
 from dittocache.teacache.signal import read, relative_distance
 
 HOOK_NAME = "dittocache_calibration"  # its own, so that a session of caches may stand around it
@@ -101,7 +101,9 @@ class _BothValues(Prediction):
         self._of_output = Prediction("output")
         self.output_value: torch.Tensor | None = None
 
-    def value(self, passed: StackPass | None, output: Any) -> torch.Tensor:
+    def value(
+        self, passed: StackPass | None, output: Any, sigma: float = 0.0, latents: Latents = unknown
+    ) -> torch.Tensor:
         self.output_value = self._of_output.value(passed, output)
         return super().value(passed, output)
 

@@ -76,7 +76,7 @@ def all_methods(
     """
     methods = [plain_steps(steps)]
     if steps >= 4:
-        methods.append(error_gate("output_linear"))
+        methods.append(error_gate())
         if knows_blocks:
             methods.append(error_gate("residual_linear"))
         methods += [even_schedule(steps), late_schedule(steps)]
@@ -85,7 +85,7 @@ def all_methods(
             if subject in calibration:
                 methods.append(distance_gate(prediction, calibration[subject]))
     if references is not None:
-        skipping = [error_gate("output_linear"), late_schedule(steps)] if steps >= 4 else []
+        skipping = [error_gate(), late_schedule(steps)] if steps >= 4 else []
         if references == "drift":
             methods += [refreshed_references(steps), adaptive_references(steps)]
         else:
@@ -101,9 +101,9 @@ def plain_steps(steps: int) -> Method:
     return Method(PLAIN, [Setting(PLAIN, f"{count} steps", count) for count in counts])
 
 
-def error_gate(prediction: str) -> Method:
-    """The gate that needs no calibration; its knob is `error_tolerance`."""
-    name = f"error gate, {prediction}"
+def error_gate(prediction: str | None = None) -> Method:
+    """The gate that needs no calibration, with its usual prediction or another; its knob is `error_tolerance`."""
+    name = "error gate" if prediction is None else f"error gate, {prediction}"
     return Method(
         name, [_cache(name, gate="error", prediction=prediction, error_tolerance=v) for v in _knob(1e-5, 5e-2)]
     )
@@ -121,12 +121,12 @@ def distance_gate(prediction: str, calibration: Calibration) -> Method:
 
 def even_schedule(steps: int) -> Method:
     """A fixed schedule of evenly spread computed steps."""
-    return _schedules("even schedule, output_linear", steps, 1.0)
+    return _schedules("even schedule", steps, 1.0)
 
 
 def late_schedule(steps: int) -> Method:
     """A fixed schedule whose computed steps lie closer together towards the end."""
-    return _schedules("schedule closer late, output_linear", steps, 1.6)
+    return _schedules("schedule closer late", steps, 1.6)
 
 
 REFERENCES = (ReferenceKVConfig(refresh=2), ReferenceKVConfig())
@@ -188,7 +188,7 @@ def _schedules(name: str, steps: int, power: float) -> Method:
         schedule = spread(steps, computed, power)
         if schedule not in seen:
             seen.add(schedule)
-            cache = TeaCacheConfig(gate="schedule", schedule=schedule, prediction="output_linear")
+            cache = TeaCacheConfig(gate="schedule", schedule=schedule)
             settings.append(Setting(name, f"{len(schedule)} of {steps} computed", teacache=cache))
     return Method(name, settings)
 
