@@ -31,7 +31,7 @@ from dittocache.training.lora import WEIGHT_NAME, add_lora, save_lora, target_pa
 FAMILY = "qwen-image-edit-plus"
 RANK = 24
 BATCH = 16
-RATE = 6e-3
+RATE = 1e-3
 EMA_DECAY = 0.99
 SAVE_STEPS = 50
 
