@@ -32,6 +32,7 @@ from dittocache.sampling.session import without_remarks
 from step_methods import all_settings
 from step_runs import Bench, Ledger, measure
 from step_tables import lead, pareto, plot, printed, rows_of
+from step_tuned import tuned
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -58,7 +59,8 @@ def compared(options: argparse.Namespace, steps: int, guidance: float, edits: in
     name = f"{steps}-steps-guidance-{guidance:g}"
     bench = functools.cache(lambda: Bench(steps, guidance))
     calibrations = functools.cache(lambda: bench().calibrations())
-    settings = all_settings(steps, guidance > 1, calibrations)
+    choices = functools.cache(lambda: tuned(bench(), calibrations(), options.out / f"tuned-{name}"))
+    settings = all_settings(steps, guidance > 1, calibrations, choices)
     wanted = [one for one in settings if not options.only or any(part in one.method for part in options.only)]
     ledger = Ledger(options.out / f"step_cache-{name}.jsonl")
     measure(bench, ledger, wanted, range(edits), ends)

@@ -21,6 +21,7 @@ from dittocache.teacache.profile import Calibration
 FEWER = "fewer plain steps"
 SPEC = "TeaCache, spec coefficients"
 PUBLISHED_THRESHOLDS = (0.2, 0.4, 0.6, 0.8)
+TUNED_SPEEDS = (1.5, 2.0, 2.5)
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,14 @@ class Setting:
 
 Calibrations = Callable[[], Mapping[Subject, Calibration]]
 """Gives the polynomials of the distance gate, when they are first needed."""
+Choices = Callable[[], Mapping[float, TeaCacheConfig]]
+"""Gives what `tune` chooses for each of `TUNED_SPEEDS`, when it is first needed."""
 
 
-def all_settings(steps: int, guided: bool, calibrations: Calibrations) -> list[Setting]:
+def all_settings(steps: int, guided: bool, calibrations: Calibrations, choices: Choices) -> list[Setting]:
     """Every method over the range of its knob, for runs of `steps` steps, with or without guidance."""
-    return [*fewer_steps(steps), *our_settings(steps, calibrations), *peer_settings(steps, guided)]
+    ours = [*our_settings(steps, calibrations), *tuned_settings(choices)]
+    return [*fewer_steps(steps), *ours, *peer_settings(steps, guided)]
 
 
 def fewer_steps(steps: int) -> Iterator[Setting]:
@@ -74,6 +78,12 @@ def our_settings(steps: int, calibrations: Calibrations) -> Iterator[Setting]:
         for count in dict.fromkeys(round(steps / speed) for speed in (1.5, 2.0, 2.6, 3.1)):
             computed = spread(steps, count, power)
             yield _ours(name, len(computed), gate="schedule", schedule=computed, prediction=prediction)
+
+
+def tuned_settings(choices: Choices) -> Iterator[Setting]:
+    """What `dittocache tune` chooses; its knob is the speed-up that was asked for."""
+    for speed in TUNED_SPEEDS:
+        yield Setting("tuned", speed, lambda pipe, s=speed: cached(pipe, choices()[s]), ours=True)
 
 
 def peer_settings(steps: int, guided: bool) -> Iterator[Setting]:

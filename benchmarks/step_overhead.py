@@ -87,11 +87,11 @@ def methods() -> dict[str, tuple[Method, Method]]:
             ours(rel_l1_thresh=1e-12, coefficients=(1.0, 0.0), prediction="output_linear"),
             ours(rel_l1_thresh=1e9, prediction="output_linear", **EVERYTHING),
         ),
-        "error gate, output_linear": (
+        "error gate, noise_linear": (
             ours(gate="error", error_tolerance=1e-30),
             ours(gate="error", error_tolerance=1e9, max_consecutive_skips=STEPS),
         ),
-        "schedule, output_linear": (
+        "schedule, noise_linear": (
             ours(gate="schedule", schedule=tuple(range(STEPS))),
             ours(gate="schedule", schedule=(0, 1)),
         ),

@@ -102,11 +102,12 @@ def test_knobs_follow_the_number_of_steps(bench: Any) -> None:
     methods = bench("step_methods")
 
     def knobs(steps: int, method: str) -> list[float]:
-        every = methods.all_settings(steps, False, dict)
+        every = methods.all_settings(steps, False, dict, dict)
         return [one.knob for one in every if one.method == method]
 
     assert knobs(28, "diffusers SeaCache") == [2 * one for one in knobs(56, "diffusers SeaCache")]
     assert knobs(28, "error gate, output_linear")[0] == pytest.approx(4 * knobs(56, "error gate, output_linear")[0])
+    assert knobs(28, "tuned") == [1.5, 2.0, 2.5]
     for published in (0.2, 0.4, 0.6, 0.8):
         assert published in knobs(28, methods.SPEC)
 

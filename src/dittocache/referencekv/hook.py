@@ -34,10 +34,6 @@ from dittocache.referencekv.store import RunKV
 logger = logging.getLogger(__name__)
 
 HOOK_NAME = REFERENCE_KV_HOOK
-NEVER_REUSED = (
-    "the reference KV cache was never read: every call of the transformer began a denoising run of its own. A loop "
-    "that makes its prompt embeddings anew at every step says which request it works for: wrap it in dittocache.request"
-)
 CHANGED = (
     "the reference pictures changed in the middle of a denoising run, so they were computed anew; loops that take "
     "turns on one transformer say which request each step is for: wrap it in dittocache.request"
@@ -85,7 +81,6 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
         self._said: set[str] = set()
         self._kept = RunKV(0)
         self._branches: dict[tuple[int, str], BranchReferences] = {}
-        self._runs_of_one_step = 0
         self._filling: BranchReferences | None = None
         self._reading: BranchReferences | None = None
         self._layout = TokenLayout(0, 0)
@@ -151,12 +146,6 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
         Args:
             shared_too: False: exact references stay for a later call with the same ones.
         """
-        ended = {run for run, _ in self._branches if run not in but}
-        for run in ended:
-            went_on = any(branch.went_on for (number, _), branch in self._branches.items() if number == run)
-            self._runs_of_one_step = 0 if went_on else self._runs_of_one_step + 1
-        if self._runs_of_one_step >= 3:
-            self._say_once(NEVER_REUSED)
         self._branches = {key: branch for key, branch in self._branches.items() if key[0] in but}
         self._kept.clear(but, shared_too)
 
@@ -202,7 +191,7 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
             if branch.is_filled:
                 branch.watch.keep(references)
         if branch.rule.never_reuses:  # nothing that is kept would be read
-            call.references, branch.went_on = "computed", True
+            call.references = "computed"
             return self.fn_ref.original_forward(**forward_kwargs)
         sigma = self._clock.sigmas()[0] if branch.rule.needs_sigma else 0.0
         full = refresh_now(branch.rule, call.step, branch.since(sigma))

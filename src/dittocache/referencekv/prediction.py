@@ -31,8 +31,6 @@ class BranchReferences:
     def __init__(self, rule: RefreshRule, newest: BranchKV, older: BranchKV | None, blocks: Sequence[int]) -> None:
         self.rule = rule
         self.watch = ReferenceWatch()
-        self.went_on = False
-        """Whether a second step of the run has come."""
         self.drift: torch.Tensor | None = None
         """`|K - K predicted| / |K|` at the last refresh, 0-dim on the device; None where nothing was predicted."""
         self._newest = newest
@@ -65,7 +63,6 @@ class BranchReferences:
     def begin_filling(self, step: int, sigma: float) -> None:
         """References are about to be computed; what was predicted for them is set aside where it is metered."""
         self.drift = self._drift_read = None
-        self.went_on |= self.is_filled
         self._squares, self._expected = [], {}
         if self._reused is not None:
             self.aim(sigma)
@@ -111,6 +108,5 @@ class BranchReferences:
 
     def reuse(self) -> None:
         """A step has run on what is kept."""
-        self.went_on = True
         if self._reused is not None:
             self._reused += 1

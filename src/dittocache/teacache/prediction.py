@@ -6,7 +6,7 @@ computed ones, continued in sigma. What is predicted is one of
 - the residual of the block stack (the spec);
 - the model's output v, in rectified flow the velocity of an ODE in sigma: its line is what a multistep solver takes;
 - the noise eps = x + (1 - sigma) v that the model sees in the latents x. A skipped step then has the velocity
-  (eps - x) / (1 - sigma) of the latents as they are *now*, so that it answers to what earlier skipped steps did to them.
+  (eps - x) / (1 - sigma) of the latents as they are *now*: it answers to what earlier skipped steps did to them.
   Under guidance, where v bends most, this is worth 5 to 10 dB on the bundled model; without, it is about even.
 """
 
