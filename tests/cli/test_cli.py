@@ -124,6 +124,25 @@ def test_a_data_set_and_a_model_need_no_yaml(
     assert "samples" not in captured.out.replace("runs/first/samples", "")
 
 
+def test_a_picture_from_a_prompt_needs_a_model_alone(
+    runs: Runs, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", "bundled", "--generate.prompt", "make the wall green", "--generate.image", "room.png"]
+    assert cli.run(["generate", *words, "--teacache.gate", "error"]) == 0
+    config, stages = runs.asked[0]
+    assert stages == ("generate",) and config.data.paths == [] and config.generate.image == [Path("room.png")]
+    assert config.data.side == 128, "the bundled model's own size"
+    assert config.teacache is not None and config.teacache.gate == "error"
+    assert cli.run(["generate", "--model", "bundled"]) == 2
+    assert "`dittocache generate` needs none with --generate.prompt" in capsys.readouterr().err
+    assert cli.run(["train", *words]) == 2
+    assert "--data is missing" in capsys.readouterr().err
+    assert cli.run(["generate", "--model", "nowhere/at-all", "--generate.promt", "a", "--generate.prompt", "b"]) == 2
+    error = capsys.readouterr().err
+    assert "did you mean generate.prompt?" in error and "nowhere" in error
+
+
 def test_data_and_model_in_place_of_those_of_a_config(config_file: str, runs: Runs) -> None:
     assert cli.run(["train", "--config", config_file, "--data", "other", "--model=elsewhere"]) == 0
     config = runs.asked[0][0]

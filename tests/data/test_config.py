@@ -38,6 +38,12 @@ def test_saved_settings_are_those_that_were_given() -> None:
     assert DataConfig.model_validate(one.model_dump(mode="json")) == one
 
 
+def test_a_job_may_have_no_data_set_if_it_says_so() -> None:
+    assert checked(sets=[]).paths == []
+    again = checked(**checked(sets=[], resolution=512).model_dump())
+    assert again.paths == [] and again.side == 512
+
+
 @pytest.mark.parametrize(("written", "side"), [("512", 512), ([512, 768], 512), ([[960, 544]], 723)])
 def test_the_first_resolution_is_that_of_the_run(written: Any, side: int) -> None:
     assert checked(path="a", resolution=written).side == side
@@ -47,7 +53,7 @@ def test_the_first_resolution_is_that_of_the_run(written: Any, side: int) -> Non
     ("data", "words"),
     [
         ({}, "data.path is missing: Folder with"),
-        ({"sets": []}, "data.path is missing"),
+        ({"path": None}, "data.path is missing"),
         ({"path": "a", "sets": [{"path": "b"}]}, "data.path: found 'a'; expected either data.path or data.sets"),
         ({"sets": [{"flip": True}]}, "data.sets.0.path is missing"),
         ({"sets": [{"path": "a", "reapets": 2}]}, "data.sets.0.reapets: there is no such setting; did you mean"),

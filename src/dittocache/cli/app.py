@@ -107,7 +107,8 @@ def generate(
 ) -> None:
     """Make pictures: with the run's LoRA where there is one, and with each cache beside plain sampling.
 
-    Without a prompt, the held-out pictures of the run are edited.
+    Without a prompt, the held-out pictures of the run are edited. With one, --model PATH is all that is needed:
+    `dittocache generate --model PATH --generate.prompt 'make the wall green' --generate.image room.png`.
 
     Parameters
     ----------
@@ -127,7 +128,7 @@ def generate(
         "cache_config": cache_config,
     }
     words = [*settings, *(f"--{name}={value}" for name, value in named.items() if value is not None)]
-    chosen = load_settings(config, words, data, model, named_cache=os.environ.get(ADAPTER_VARIABLE))
+    chosen = load_settings(config, words, data, model, os.environ.get(ADAPTER_VARIABLE), from_prompt=True)
     say(start_job(chosen, ("generate",)) / SAMPLES_NAME)
 
 

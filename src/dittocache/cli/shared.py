@@ -61,10 +61,12 @@ def load_settings(
     data: str | None = None,
     model: str | None = None,
     named_cache: str | None = None,
+    from_prompt: bool = False,
 ) -> RunConfig:
     """The settings of a YAML file, of a run by its `--name`, or chosen for `data` and `model`; raises ConfigError.
 
-    `named_cache` is the step cache that the environment names.
+    `named_cache` is the step cache that the environment names. With `from_prompt` a model and `generate.prompt` are
+    enough.
     """
     overrides = parse_overrides(settings)
     data, model = _only_one("data", data, overrides), _only_one("model", model, overrides)
@@ -73,8 +75,10 @@ def load_settings(
         given = overrides | {name: value for name, value in named.items() if value is not None}
         return load_config(config, given, named_cache)
     if data is not None or model is not None:
-        from dittocache.jobs.quick_start import quick_config
+        from dittocache.jobs.quick_start import picture_config, quick_config
 
+        if from_prompt and data is None and model is not None and overrides.get("generate.prompt") is not None:
+            return picture_config(model, overrides, named_cache)
         return quick_config(data, model, overrides, note, named_cache)
     if overrides.get("name"):
         return load_config(_config_of_run(overrides), overrides, named_cache)

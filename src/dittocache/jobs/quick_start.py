@@ -23,6 +23,7 @@ STEPS_A_SAMPLE = 100  # a subject or an edit is learnt within about a hundred pa
 LEAST_STEPS, MOST_STEPS = 500, 4000
 GENERAL: Settings = {"train.checkpoint_every": 250, "train.keep_checkpoints": 3}
 MEMORY_SETTINGS = ("gradient_checkpointing", "base_quantization", "offload")
+NO_DATA_NEEDED = "; `dittocache generate` needs none with --generate.prompt"
 ANY_FAMILY = "qwen-image-edit-plus"  # of the strictest sizes: what a data set is read for where the model is not known
 
 
@@ -38,7 +39,7 @@ def quick_config(
     problems = [
         f"{option} is missing: give {what}"
         for option, value, what in (
-            ("--data", data, "the folder of pictures and captions, or a table of them"),
+            ("--data", data, f"the folder of pictures and captions, or a table of them{NO_DATA_NEEDED}"),
             ("--model", model, f"the folder of a checkpoint, its id on the hub, or `{BUNDLED}`"),
         )
         if value is None
@@ -58,6 +59,22 @@ def quick_config(
     notice(f"run {config.run_dir}: {count} samples, a {family}; its settings will be in {config.run_dir / CONFIG_NAME}")
     suggested |= _chosen_steps(config, count, notice)
     suggested |= _chosen_memory(config, notice)
+    return check_config({}, given, defaults=suggested, named_cache=named_cache)
+
+
+def picture_config(model: str, overrides: Settings, named_cache: str | None = None) -> RunConfig:
+    """The settings of a run that makes a picture of `generate.prompt` with `model`, without any data set.
+
+    Raises ConfigError as `quick_config`.
+    """
+    places = {"name": "pictures", "model.path": model, "data.sets": []}
+    given: dict[str, Any] = {**places, **overrides}
+    problems: list[str] = []
+    config = _checked({}, given, problems) or check_config({}, places)
+    family = _family_name(config, problems)
+    if problems:
+        raise ConfigError(f"{len(problems)} problem(s) found before anything was loaded", problems)
+    suggested = _bundled() if model == BUNDLED else suggested_settings(family or "")
     return check_config({}, given, defaults=suggested, named_cache=named_cache)
 
 

@@ -17,7 +17,7 @@ from dittocache.data.loading import notes_of
 from dittocache.data.sample import Sample
 from dittocache.embeddings.planning.identity import model_folder
 from dittocache.embeddings.planning.plan import Plan
-from dittocache.errors import ConfigError, DittocacheError, listed_in
+from dittocache.errors import ConfigError, DataError, DittocacheError, listed_in
 from dittocache.events import EventLog
 from dittocache.families.loading import component_names
 from dittocache.jobs.inputs import RunInputs, latent_encoders, records_of, save_manifest, text_encoders
@@ -193,6 +193,8 @@ def _check_data(inputs: RunInputs, problems: list[str]) -> None:
         samples: Sequence[Sample] = []
         with listed_in(problems, f"{field}: "):
             samples = read()
+            if field == "data.path" and not samples and not inputs.config.data.paths:
+                raise DataError("found no data set; give a folder of pictures and captions, or a table of them")
         problems.extend(visibility_problems(inputs.config.train, inputs.family.name, samples))
         problems.extend(f"{field}: {problem}" for problem in _unfit(samples, inputs))
 

@@ -83,7 +83,7 @@ def source_config(studio: Studio, source: Source) -> RunConfig:
     """Settings of a source; raises ConfigError where they are incomplete or cannot be read."""
     if source.run == DRAFT_SOURCE:  # which may know no data set yet: none is needed here
         has_data = any(name in studio.draft.given for name in ("data.path", "data.sets"))
-        return studio.config() if has_data else studio.config({"data.path": str(studio.home / NO_DATA_NAME)})
+        return studio.config() if has_data else studio.config({"data.sets": []})
     return load_config(studio.path(studio.runs_dir / source.run) / CONFIG_NAME)
 
 

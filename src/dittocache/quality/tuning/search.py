@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dittocache.quality.tuning.measurement import Measurement, mean_speedup, values_of
 from dittocache.quality.tuning.settings import Method, Setting
-from dittocache.quality.tuning.target import Promise, Target, bound, goodness
+from dittocache.quality.tuning.target import Promise, Target, bound
 
 Measure = Callable[[Setting], Sequence[Measurement]]
 """Measurements of a setting, one a sample; asked twice, it answers from memory."""
@@ -46,8 +47,8 @@ def search(methods: Sequence[Method], target: Target, promise: Promise, measure:
         if index is not None:
             found.append(Candidate(method, index, measure(method.settings[index])))
     if target.metric == "speedup":
-        return sorted(found, key=lambda one: -quality_bound(one.measured))
-    return sorted(found, key=lambda one: (-round(one.speedup, 2), -quality_bound(one.measured)))
+        return sorted(found, key=lambda one: -quality(one.measured, promise))
+    return sorted(found, key=lambda one: (-round(one.speedup, 2), -quality(one.measured, promise)))
 
 
 def beside(candidate: Candidate, target: Target, measure: Measure) -> Candidate | None:
@@ -77,6 +78,7 @@ def mildest(count: int, keeps: Callable[[int], bool]) -> int | None:
     return index if index < count else None
 
 
-def quality_bound(measured: Sequence[Measurement]) -> float:
-    """What an unseen picture's PSNR keeps to, in dB."""
-    return goodness("psnr", bound("psnr", values_of("psnr", measured), "each"))
+def quality(measured: Sequence[Measurement], promise: Promise) -> float:
+    """What an unseen picture's PSNR keeps to, in dB; with a promise for the mean, the mean."""
+    values = values_of("psnr", measured)
+    return statistics.fmean(values) if promise == "mean" else bound("psnr", values, "each")
