@@ -41,6 +41,13 @@ def test_a_sound_run_says_what_it_will_encode(config: RunConfig) -> None:
     assert not (config.run_dir / "manifest.json").exists()
 
 
+def test_training_needs_a_data_set_though_a_picture_needs_none(config: RunConfig) -> None:
+    content = config.model_dump() | {"data": {"sets": []}, "held_out": None}
+    assert problems_of(check_config(content)) == (
+        "data.path: found no data set; give a folder of pictures and captions, or a table of them",
+    )
+
+
 def test_every_problem_is_listed_at_once_with_its_field(config: RunConfig, tmp_path: Path) -> None:
     (config.data.path / "training_images" / "edit-1.txt").unlink()
     (config.data.path / "control_images" / "edit-2.png").write_bytes(b"no picture")

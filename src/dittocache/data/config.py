@@ -134,7 +134,8 @@ class DataConfig(SetSettings):
     def _check_source(cls, values: Any) -> Any:
         """Exactly one of `path` and `sets`; each set is given what the section says for all of them.
 
-        `sets: []` and no path is a job without a data set, such as making a picture from a prompt. Filled in here and not when it is read, because a saved config names every setting of every set.
+        `sets: []` and no path is a job without a data set, such as making a picture from a prompt. Filled in here and
+        not when it is read, because a saved config names every setting of every set.
         """
         if not isinstance(values, Mapping):
             return values
