@@ -67,7 +67,7 @@ def our_settings(steps: int, calibrations: Calibrations) -> Iterator[Setting]:
         for tolerance in (_short(one * finer**2) for one in (0.0003, 0.0006, 0.001, 0.0025, 0.006)):
             chosen = {"gate": "error", "error_tolerance": tolerance, "prediction": prediction}
             yield _ours(f"error gate, {prediction}", tolerance, **chosen)
-    for tolerance in (_short(one * finer**2) for one in (0.00015, 0.0003, 0.0006, 0.0012, 0.0025)):
+    for tolerance in (_short(one * finer**2) for one in (0.00015, 0.0003, 0.0006, 0.0012, 0.0025, 0.005)):
         chosen = {"gate": "error", "error_tolerance": tolerance, "prediction": "noise_linear"}
         yield _ours("error gate, noise_linear", tolerance, **chosen)
     for name, power, prediction in (

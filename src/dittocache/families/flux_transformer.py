@@ -120,8 +120,9 @@ class FluxTransformerAdapter(UsualForward):
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None,
         image_rotary_emb: Any,
+        behind: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> JointQKV:
-        """Joint Q, K, V of both streams, or of the one stream that holds text and image already."""
+        """Joint Q, K, V of both streams, or of the one stream that holds text and image already, and of `behind`."""
         from diffusers.models.embeddings import apply_rotary_emb
 
         attn = cast(Any, attention)
@@ -138,6 +139,8 @@ class FluxTransformerAdapter(UsualForward):
         if image_rotary_emb is not None:
             query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
             key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+        if behind is not None:
+            key, value = torch.cat([key, behind[0]], dim=1), torch.cat([value, behind[1]], dim=1)
         return JointQKV(query, key, value, prefix)
 
     def reference_kv(

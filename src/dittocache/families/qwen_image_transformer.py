@@ -122,16 +122,18 @@ class QwenImageTransformerAdapter(UsualForward):
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None,
         image_rotary_emb: Any,
+        behind: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> JointQKV:
         """Joint Q, K, V `(B, T + tokens, H, d)` of `hidden_states` `(B, tokens, D)` and the text `(B, T, D)`.
 
-        Raises ValueError without a text stream, as the stock processor does.
+        With `behind` K and V are longer by those. Raises ValueError without a text stream, as the stock processor does.
         """
         if encoder_hidden_states is None:
             raise ValueError("Qwen-Image's attention needs encoder_hidden_states (the text stream), found None")
         attn = cast(Any, attention)
         image_freqs, text_freqs = (None, None) if image_rotary_emb is None else image_rotary_emb
         text, image = encoder_hidden_states, hidden_states
+        keys, values = ([], []) if behind is None else ([one] for one in behind)
         return JointQKV(
             query=torch.cat(
                 [
@@ -144,11 +146,17 @@ class QwenImageTransformerAdapter(UsualForward):
                 [
                     _heads(attn, attn.add_k_proj(text), attn.norm_added_k, text_freqs),
                     _heads(attn, attn.to_k(image), attn.norm_k, image_freqs),
+                    *keys,
                 ],
                 dim=1,
             ),
             value=torch.cat(
-                [_heads(attn, attn.add_v_proj(text), None, None), _heads(attn, attn.to_v(image), None, None)], dim=1
+                [
+                    _heads(attn, attn.add_v_proj(text), None, None),
+                    _heads(attn, attn.to_v(image), None, None),
+                    *values,
+                ],
+                dim=1,
             ),
             prefix=text.shape[1],
         )

@@ -231,8 +231,12 @@ class TransformerAdapter(StepAdapter, Protocol):
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None,
         image_rotary_emb: Any,
+        behind: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> JointQKV:
-        """Project, normalise and rotate as the stock processor does, bit for bit."""
+        """Project, normalise and rotate as the stock processor does, bit for bit.
+
+        `behind`: keys and values `(B, R, H, d)` that are put behind those of the tokens.
+        """
         ...
 
     def reference_kv(

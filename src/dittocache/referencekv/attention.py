@@ -68,16 +68,14 @@ class AttentionStandIn:
         first = hidden_states.shape[1] - references
         return hidden_states[:, first:], self._adapter.reference_frequencies(image_rotary_emb, references)
 
-    def _attend(
-        self, attn: Any, joint: JointQKV, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-    ) -> Any:
-        """The stock processor's result for the queries of `joint`, over keys and values `(B, keys, H, d)`."""
+    def _attend(self, attn: Any, joint: JointQKV, mask: torch.Tensor | None) -> Any:
+        """The stock processor's result for the queries of `joint`, over its keys and values `(B, keys, H, d)`."""
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
         attended = dispatch_attention_fn(
             joint.query,
-            key,
-            value,
+            joint.key,
+            joint.value,
             attn_mask=mask,
             dropout_p=0.0,
             is_causal=False,
@@ -133,17 +131,14 @@ class ReferenceAttention(AttentionStandIn):
                 image_rotary_emb,
                 encoder_hidden_states_mask,
             )
-        joint = self._adapter.joint_qkv(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
-        key, value = joint.key, joint.value
-        if self.given is not None:
-            key, value = (torch.cat(pair, dim=1) for pair in zip((key, value), self.given, strict=True))
-        else:
-            first = key.shape[1] - self.leaves
-            self.left = key[:, first:], value[:, first:]
+        joint = self._adapter.joint_qkv(attn, hidden_states, encoder_hidden_states, image_rotary_emb, self.given)
+        if self.given is None:
+            first = joint.key.shape[1] - self.leaves
+            self.left = joint.key[:, first:], joint.value[:, first:]
             if self.leaves_input:
                 self.left_input = self._input_of(hidden_states, image_rotary_emb, self.leaves)
-        mask = key_mask(attention_mask, encoder_hidden_states_mask, key.shape[1])
-        return self._attend(attn, joint, key, value, mask)
+        mask = key_mask(attention_mask, encoder_hidden_states_mask, joint.key.shape[1])
+        return self._attend(attn, joint, mask)
 
 
 def source_of(

@@ -102,17 +102,16 @@ class IsolatedAttention(AttentionStandIn):
                 image_rotary_emb,
                 encoder_hidden_states_mask,
             )
-        joint = self._adapter.joint_qkv(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
-        key, value = joint.key, joint.value
         if reference_keys is None:
             raise ReferenceCacheError(OUTSIDE)
+        joint = self._adapter.joint_qkv(
+            attn, hidden_states, encoder_hidden_states, image_rotary_emb, reference_keys.tensors
+        )
         if reference_keys.tensors is None:
-            reference_keys.tensors = key, value
+            reference_keys.tensors = joint.key, joint.value
             reference_keys.given = self._input_of(hidden_states, image_rotary_emb, hidden_states.shape[1])
-        else:
-            key, value = (torch.cat(pair, dim=1) for pair in zip((key, value), reference_keys.tensors, strict=True))
-        mask = key_mask(attention_mask, encoder_hidden_states_mask, key.shape[1])
-        return self._attend(attn, joint, key, value, mask)
+        mask = key_mask(attention_mask, encoder_hidden_states_mask, joint.key.shape[1])
+        return self._attend(attn, joint, mask)
 
 
 class IsolatedBlock:

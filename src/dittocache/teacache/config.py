@@ -34,8 +34,8 @@ class TeaCacheConfig(Settings):
     that its output moves."""
 
     error_tolerance: float = Field(default=0.001, ge=0, allow_inf_nan=False)
-    """Relative error of the velocity times the change of sigma that skipped steps may add up to (`gate: error`);
-    0 computes every step."""
+    """Relative error of what is predicted (the noise, if `prediction` says nothing else) times the change of sigma that
+    skipped steps may add up to (`gate: error`); 0 computes every step."""
 
     schedule: tuple[int, ...] | None = Field(default=None, min_length=1)
     """Steps that are computed, counted from 0 (`gate: schedule`); the others are skipped."""

@@ -1,10 +1,11 @@
 """When a step is computed, told from how wrong the prediction would be: no calibration, no polynomial.
 
-At a computed step i the truth v_i is known, and so is what the line through the computed steps j and k before it would
-have said. Their distance, divided by |(s_i - s_j)(s_i - s_k)|, is the local curvature C of the path in sigma (the error
-term of polynomial interpolation, with one point fewer where the last value alone is reused). A step skipped at s is
-then wrong by C |(s - s_i)(s - s_j)|, and the picture moves by |ds| times that. These are added up over the skipped
-steps; before the sum passes the tolerance, a step is computed.
+At a computed step i the truth v_i of what is predicted is known, and so is what the line through the computed steps j
+and k before it would have said. Their distance, divided by |(s_i - s_j)(s_i - s_k)|, is the local curvature C of the
+path in sigma (the error term of polynomial interpolation, with one point fewer where the last value alone is reused). A
+step skipped at s is then wrong by C |(s - s_i)(s - s_j)|, and the picture moves by |ds| times that. These are added up
+over the skipped steps; before the sum passes the tolerance, a step is computed. Where the noise is predicted, its error
+is (1 - s) of the velocity's: early steps, whose errors later ones partly take back, count less.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class ErrorPolicy:
     """What the decision depends on besides the run.
 
     Attributes:
-        tolerance: error that skipped steps may add up to, relative to the velocity, times the change of sigma.
+        tolerance: error that skipped steps may add up to, relative to what is predicted, times the change of sigma.
         order: of the prediction: 0 or 1.
         ret_steps, cutoff_steps, max_consecutive_skips: as in `GatePolicy`.
     """
