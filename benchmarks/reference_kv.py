@@ -3,7 +3,8 @@
     python -m benchmarks.reference_kv [--cases 1024+1024 512+1024 512+1536] [--steps 4 8 28] [--pairs 5]
 
 Theory: a layer costs 24 d^2 q + 4 d q k for q queries and k keys, of width d. k stays L, so a cached step saves the
-share L_ref / L of the blocks' time, and a run of N steps whose references are computed once (N - 1) / N of that. With
+share L_ref / L of the blocks' time, and a run of N steps whose references are computed once (N - 1) / N of that; as the
+default computes them, in a few more steps of a stock model, accordingly less. With
 isolated references their queries attend to R keys instead of L, and the formula is worked out for both parts.
 
 Random weights: times do not depend on them. Stock and cached runs take turns; every number is the median over pairs of
@@ -38,6 +39,7 @@ from benchmarks.sampling_caches import (
 from dittocache.quality.machine import describe_machine
 from dittocache.referencekv.config import ReferenceKVConfig
 from dittocache.referencekv.isolation import isolate_references
+from dittocache.referencekv.rules import usual_rule
 from dittocache.sampling.session import cached
 
 RESULTS = Path(__file__).parent / "results"
@@ -86,6 +88,7 @@ class Steps:
 
     def __init__(self, model: Any, case: Case, clock: Callable[[], float]) -> None:
         self.model = model
+        self.reused = 0
         self._clock = clock
         self._kwargs = {
             "hidden_states": torch.randn(1, case.noise + case.reference, CHANNELS),
@@ -96,13 +99,14 @@ class Steps:
 
     @torch.no_grad()
     def run(self, steps: int, cache: AbstractContextManager[Any]) -> list[float]:
-        """Seconds of each step."""
+        """Seconds of each step; `reused` then says in how many of them the references were kept."""
         seconds = []
-        with cache:
+        with cache as trace:
             for step in range(steps):
                 began = self._clock()
                 self.model(timestep=torch.tensor([1 - step / steps]), **self._kwargs)
                 seconds.append(self._clock() - began)
+        self.reused = 0 if trace is None else trace.references_reused
         return seconds
 
 
@@ -115,7 +119,7 @@ def measure(case: Case, isolated: bool, run_steps: Sequence[int], pairs: int) ->
     if isolated:
         isolate_references(model)
     calls = Steps(model, case, time.process_time if torch.get_num_threads() == 1 else time.perf_counter)
-    config = ReferenceKVConfig(refresh=(0,)) if not isolated else ReferenceKVConfig()
+    config = rules(2, isolated)["once"]
     calls.run(2, cached(model, reference_kv=config))  # warms up
     full, reused = [], []
     for _ in range(pairs):
@@ -123,13 +127,16 @@ def measure(case: Case, isolated: bool, run_steps: Sequence[int], pairs: int) ->
         reused.append(calls.run(2, cached(model, reference_kv=config))[1])
     theory = case.saving(0, 1, isolated)
     runs = []
-    for steps in run_steps:
+    every = [(count, *rule) for count in run_steps for rule in rules(count, isolated).items()]
+    for steps, name, rule in every:
         ratios = []
         for _ in range(max(1, 2 * pairs // steps)):
             stock = sum(calls.run(steps, nullcontext()))
-            ratios.append(sum(calls.run(steps, cached(model, reference_kv=config))) / stock)
-        saved = 1 - statistics.median(ratios)
-        runs.append({"steps": steps, "saving": saved, "theory": case.saving(1, steps, isolated), "pairs": len(ratios)})
+            ratios.append(sum(calls.run(steps, cached(model, reference_kv=rule))) / stock)
+        computed, saved = steps - calls.reused, 1 - statistics.median(ratios)
+        theory_of_run = case.saving(computed, steps, isolated)
+        found = {"steps": steps, "references": name, "computed": computed, "saving": saved, "theory": theory_of_run}
+        runs.append(found | {"pairs": len(ratios)})
     saving = 1 - statistics.median(after / before for before, after in zip(full, reused, strict=True))
     return {
         **asdict(case),
@@ -141,10 +148,21 @@ def measure(case: Case, isolated: bool, run_steps: Sequence[int], pairs: int) ->
     }
 
 
+def rules(steps: int, isolated: bool) -> dict[str, ReferenceKVConfig]:
+    """When references are computed, by name: in the first step alone, or as the default has it for stock models."""
+    if isolated:
+        return {"once": ReferenceKVConfig()}
+    usual = usual_rule(steps)  # in words: a transformer that is called by hand does not know how many steps there are
+    said = ReferenceKVConfig(refresh=usual.every or usual.steps, extrapolate=usual.extrapolate)
+    return {"once": ReferenceKVConfig(refresh=(0,)), "default": said}
+
+
 def line(row: dict[str, Any]) -> str:
     """One row of the table: measured beside theory."""
     name = f"{row['noise']}+{row['reference']}{', isolated' if row['isolated'] else ''}"
-    cells = "".join(f"{one['saving']:>9.1%}{one['theory']:>8.1%}" for one in (row["step"], *row["runs"]))
+    cells = f"{row['step']['saving']:>9.1%}{row['step']['theory']:>8.1%}"
+    for one in row["runs"]:
+        cells += f"{one['saving']:>9.1%}{one['theory']:>8.1%}" + (17 * " " if row["isolated"] else "")
     return f"{name:22}{1000 * row['seconds_full']:>9.0f}{cells}"
 
 
@@ -161,7 +179,8 @@ def main(words: Sequence[str] | None = None) -> None:
     options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
     print(f"{LAYERS} layers, width {WIDTH}; each saving beside theory")
-    heads = "".join(f"{head:>17}" for head in ("cached step", *(f"{steps} steps" for steps in options.steps)))
+    of_runs = [f"{steps} steps, {name}" for steps in options.steps for name in rules(steps, isolated=False)]
+    heads = "".join(f"{head:>17}" for head in ("cached step", *of_runs))
     print(f"{'noise+reference':22}{'ms full':>9}{heads}")
     rows: list[dict[str, Any]] = []
     options.results.mkdir(parents=True, exist_ok=True)

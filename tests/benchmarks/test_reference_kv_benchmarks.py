@@ -32,14 +32,18 @@ def test_cases_in_words() -> None:
 
 
 def test_steps_and_runs_are_measured_beside_theory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--cases", "32+64", "--steps", "2", "3", "--pairs", "1", "--results", str(tmp_path)]
+    words = ["--cases", "32+64", "--steps", "2", "8", "--pairs", "1", "--results", str(tmp_path)]
     reference_kv.main(words)
     report: dict[str, Any] = json.loads((tmp_path / "reference_kv.json").read_text())
     assert [row["isolated"] for row in report["rows"]] == [False, True]
     for row in report["rows"]:
         case = Case(32, 64)
         assert row["step"]["theory"] == case.saving(0, 1, row["isolated"])
-        assert [one["theory"] for one in row["runs"]] == [case.saving(1, steps, row["isolated"]) for steps in (2, 3)]
+        computed = [1, 1] if row["isolated"] else [1, 2, 1, 3]  # the default: steps 0 and 1; 0, 2 and 5
+        assert [one["computed"] for one in row["runs"]] == computed
+        steps = (2, 8) if row["isolated"] else (2, 2, 8, 8)
+        theory = [case.saving(*both, row["isolated"]) for both in zip(computed, steps, strict=True)]
+        assert [one["theory"] for one in row["runs"]] == theory
         assert row["step"]["saving"] < 1
     assert "32+64, isolated" in capsys.readouterr().out
 
