@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from tests.denoising import EDIT, DeviceReads, Pipeline, counted, qwen_transformer, sigmas, velocities
+from tests.denoising import EDIT, EDITS, DeviceReads, Edit, Pipeline, counted, qwen_transformer, sigmas, velocities
 from tests.teacache.skipped_steps import GUIDED, STEPS, run, teacache
 
 from dittocache.errors import StepCacheError
@@ -59,6 +59,18 @@ def test_a_line_of_the_noise_answers_to_the_latents_as_they_are(dtype: torch.dty
         assert found.dtype == dtype
         near = 1e-4 if dtype == torch.float32 else 0.05
         torch.testing.assert_close(found.float(), velocity(0.5, now), rtol=near, atol=near)
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_an_edit_models_noise_is_told_from_its_references(edit: Edit) -> None:
+    model, noise = qwen_transformer(zero_cond_t=True), []
+    config = TeaCacheConfig(gate="schedule", schedule=(0, 1), num_inference_steps=STEPS)
+    with teacache(model, config), torch.no_grad():
+        for step, sigma in enumerate((1.0, 0.9, 0.7)):
+            latents = edit.with_seed(step).latents()
+            velocity = model(**edit.kwargs(latents, sigma))[0][:, : edit.noise]
+            noise.append(latents + (1 - sigma) * velocity)
+    torch.testing.assert_close(noise[2], noise[1] + 2 * (noise[1] - noise[0]), rtol=1e-4, atol=1e-4)
 
 
 def test_where_the_input_does_not_hold_the_latents_the_output_is_predicted_unless_the_noise_was_asked_for() -> None:
