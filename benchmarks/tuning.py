@@ -13,13 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dittocache.demo.edits import Edit, evaluation_edits
-from dittocache.demo.evaluate import generate
-from dittocache.demo.model import load_pipeline
 from dittocache.quality.calibration.fitting import calibrated
 from dittocache.quality.calibration.recording import recorded
 from dittocache.quality.machine import describe_machine
@@ -29,8 +25,9 @@ from dittocache.quality.tuning.pareto import pareto
 from dittocache.quality.tuning.settings import PLAIN, Setting, all_methods
 from dittocache.quality.tuning.target import Target
 from dittocache.quality.tuning.tune import Tuned, tune
-from dittocache.sampling.generate import Picture
-from dittocache.sampling.session import cached, without_remarks
+from dittocache.sampling.session import without_remarks
+from step_runs import Bench
+from step_tuned import Drawn
 
 RESULTS = Path(__file__).parent / "results" / "tuning"
 TARGETS = (
@@ -39,30 +36,6 @@ TARGETS = (
     *(f"flip<={value}" for value in (0.05, 0.02, 0.01, 0.005)),
     *(f"speedup>={value}" for value in (1.5, 2, 3)),
 )
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A held-out edit of the bundled task; its noise depends on its number."""
-
-    pipe: Any
-    edit: Edit
-    number: int
-    steps: int
-    guidance: float
-
-    @property
-    def key(self) -> str:
-        return f"edit-{self.number}"
-
-    def make(self, setting: Setting) -> Picture:
-        options = {"true_cfg_scale": self.guidance, **({"negative_prompt": " "} if self.guidance > 1 else {})}
-        source, steps = self.edit.images()[0], setting.steps or self.steps
-        with cached(self.pipe, setting.teacache) as trace:
-            began = time.perf_counter()
-            image = generate(self.pipe, source, self.edit.instruction, self.number, steps, **options)
-            seconds = time.perf_counter() - began
-        return Picture(image, seconds, trace)
 
 
 @without_remarks()  # that a mild setting skips nothing is no news here
@@ -75,15 +48,13 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--promise", choices=("each", "mean"), default="each")
     options = parser.parse_args()
-    pipe = load_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    edits = evaluation_edits(options.samples + options.held_out + options.unseen)
-    every = [Drawn(pipe, edit, number, options.steps, options.guidance) for number, edit in enumerate(edits)]
+    bench = Bench(options.steps, options.guidance)
+    every = [Drawn(bench, number) for number in range(options.samples + options.held_out + options.unseen)]
     samples, rest = every[: options.samples], every[options.samples :]
     held_out, unseen = rest[: options.held_out], rest[options.held_out :]
     points = []
     for sample in samples:
-        with recorded(pipe) as recording:
+        with recorded(bench.pipe) as recording:
             sample.make(Setting("uncached", ""))
         points += recording.points
     methods = all_methods(options.steps, calibrated(points, (), degree=4))
