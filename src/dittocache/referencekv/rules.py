@@ -41,9 +41,9 @@ def rule_of(config: ReferenceKVConfig, steps: int | None, exact: bool) -> Refres
 def usual_rule(steps: int | None) -> RefreshRule:
     """What is best for most pictures, and better than fewer plain steps in the same time (docs/reference-kv.md).
 
-    Measured on the bundled model, 12 held-out edits, PSNR against uncached pictures, mean / worst: of 8 steps the first
-    alone 43.8 / 29.4 dB, with step 2 as a line 50.0 / 43.6, with 2 and 5 58.5 / 50.4; of 4 steps the first two 51.9 /
-    46.0, the first and the third 56.3 / 28.1; of 12 every 4th, as a line, 57.8 / 53.2; of 28 63.9 / 58.0.
+    Measured on the bundled model, 32 held-out edits, PSNR against uncached pictures, mean / worst: of 8 steps the first
+    alone 44.3 / 29.4 dB, with steps 2 and 5 as a line 58.2 / 50.4, every 3rd as a line 59.7 / 34.7; of 4 steps the
+    first two 51.7 / 46.0, the first and the third 58.2 / 28.1; of 28 every 4th, as a line, 63.3 / 57.6.
     """
     if steps is None or steps >= 12:
         return RefreshRule(every=4, extrapolate=True)
