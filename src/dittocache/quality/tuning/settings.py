@@ -76,7 +76,8 @@ def all_methods(
     """
     methods = [plain_steps(steps)]
     if steps >= 4:
-        methods.append(error_gate())
+        # Without guidance and with many steps the line of the output loses less at mild settings, else that of the noise.
+        methods += [error_gate(), error_gate("output_linear")]
         if knows_blocks:
             methods.append(error_gate("residual_linear"))
         methods += [even_schedule(steps), late_schedule(steps)]
