@@ -76,7 +76,7 @@ def all_methods(
     """
     methods = [plain_steps(steps)]
     if steps >= 4:
-        # Without guidance and with many steps the line of the output loses less at mild settings, else that of the noise.
+        # The line of the output loses less in many unguided steps and mild settings, else that of the noise.
         methods += [error_gate(), error_gate("output_linear")]
         if knows_blocks:
             methods.append(error_gate("residual_linear"))
