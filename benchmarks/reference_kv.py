@@ -4,8 +4,8 @@
 
 Theory: a layer costs 24 d^2 q + 4 d q k for q queries and k keys, of width d. k stays L, so a cached step saves the
 share L_ref / L of the blocks' time, and a run of N steps whose references are computed once (N - 1) / N of that; as the
-default computes them, in a few more steps of a stock model, accordingly less. With
-isolated references their queries attend to R keys instead of L, and the formula is worked out for both parts.
+default computes them, in a few more steps of a stock model, accordingly less. With isolated references their queries
+attend to R keys instead of L, and the formula is worked out for both parts.
 
 Random weights: times do not depend on them. Stock and cached runs take turns; every number is the median over pairs of
 the ratio within a pair. On a CPU with one thread the process's own seconds count, so that a busy machine does not.

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests.denoising import flux_transformer, relative_error, sigmas
 from tests.referencekv.cached_steps import reference_kv
+from tests.referencekv.dense_attention import DenseAttention
 from tests.referencekv.test_kontext import kontext_kwargs
 
 from dittocache.families.registry import adapter_of
@@ -15,29 +16,6 @@ from dittocache.referencekv.isolated_block import PASSING
 from dittocache.referencekv.isolation import isolate_references
 
 NOISE, REFERENCE = 16, 24
-
-
-class DenseAttention:
-    """Isolation by a mask over all pairs of tokens, in one call."""
-
-    def __init__(self, adapter: Any) -> None:
-        self._adapter = adapter
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: Any = None,
-    ) -> Any:
-        joint = self._adapter.joint_qkv(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
-        tokens = joint.query.shape[1]
-        seen = torch.ones(tokens, tokens, dtype=torch.bool)
-        seen[-REFERENCE:, :-REFERENCE] = False
-        heads = (tensor.transpose(1, 2) for tensor in (joint.query, joint.key, joint.value))
-        attended = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=seen)
-        return self._adapter.project_attention(attn, attended.transpose(1, 2).flatten(2, 3), joint.prefix)
 
 
 def at_rest(seed: int = 0) -> dict[str, Any]:
@@ -48,7 +26,7 @@ def at_rest(seed: int = 0) -> dict[str, Any]:
 @torch.no_grad()
 def test_where_all_tokens_are_modulated_alike_it_is_the_stock_model_with_a_mask() -> None:
     dense, model = flux_transformer(), flux_transformer()
-    dense.set_attn_processor(DenseAttention(adapter_of(dense)))
+    dense.set_attn_processor(DenseAttention(adapter_of(dense), [REFERENCE]))
     expected = dense(**at_rest())[0][:, :NOISE]
     stock = model(**at_rest())[0][:, :NOISE]
     with isolate_references(model):

@@ -41,26 +41,22 @@ def against_baseline(section: CachesSection) -> str:
             for summary in section.summaries
             if summary.role == "cached" and capped(summary.mean_psnr) > capped(baseline.mean_psnr)
         ]
-        beaten_by = [summary for summary in closer if summary.seconds <= baseline.seconds]
-        if closer and not beaten_by:
-            best = min(closer, key=lambda summary: summary.seconds)
-            gain = capped(best.mean_psnr) - capped(baseline.mean_psnr)
-            sentences.append(
-                f"{best.label} takes {best.seconds / baseline.seconds - 1:.0%} longer than {baseline.label} and is "
-                f"{decibels_text(gain)} closer to the uncached pictures: neither is better in both."
-            )
-        elif beaten_by:
-            best = max(beaten_by, key=lambda summary: capped(summary.mean_psnr))
-            gain = capped(best.mean_psnr) - capped(baseline.mean_psnr)
-            sentences.append(
-                f"{best.label} takes no longer than {baseline.label} and is {decibels_text(gain)} closer "
-                "to the uncached pictures."
-            )
-        else:
+        if not closer:
             sentences.append(
                 f"No cache came closer to the uncached pictures than {baseline.label}: for this model and these "
                 "settings, plain sampling with fewer steps is the better bargain."
             )
+            continue
+        as_fast = [summary for summary in closer if summary.seconds <= baseline.seconds]
+        if as_fast:
+            best, longer, end = max(as_fast, key=lambda summary: capped(summary.mean_psnr)), "no longer", "."
+        else:
+            best = min(closer, key=lambda summary: summary.seconds)
+            longer, end = f"{best.seconds / baseline.seconds - 1:.0%} longer", ": neither is better in both."
+        gain = decibels_text(capped(best.mean_psnr) - capped(baseline.mean_psnr))
+        sentences.append(
+            f"{best.label} takes {longer} than {baseline.label} and is {gain} closer to the uncached pictures{end}"
+        )
     return " ".join(sentences)
 
 

@@ -154,7 +154,7 @@ class TeaCacheHook(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
         self._report(call, decisions, needed)
         if not needed:
             run.skipped += 1
-            return branch.prediction.predict(self._sigma(step, branch), step.context, step.latents)
+            return self._predicted(step, branch)
         run.computed += 1
         part = self._stack.rows(forward_kwargs, needed) if len(needed) < rows else None
         if part is None or not all(branch.prediction.ready(row) for row in range(rows)):
@@ -169,13 +169,16 @@ class TeaCacheHook(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
         branch.prediction.observe(value, sigma, output, needed)
         return whole
 
+    def _predicted(self, step: StepView, branch: _Branch) -> Any:
+        return branch.prediction.predict(self._sigma(step, branch), step.context, step.latents)
+
     def _assembled(
         self, step: StepView, branch: _Branch, output: Any, passed: StackPass | None, computed: Sequence[int]
     ) -> Any:
         """The computed rows among the predicted ones; `output` itself where all rows were computed."""
         if len(computed) == step.rows:
             return output
-        predicted = sample_of(branch.prediction.predict(self._sigma(step, branch), step.context, step.latents))
+        predicted = sample_of(self._predicted(step, branch))
         found = noise_sample(passed, output)
         index = torch.tensor(list(computed), device=found.device)
         return with_sample(output, predicted.index_copy(0, index, found.to(predicted.dtype)))
