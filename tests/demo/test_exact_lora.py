@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +75,32 @@ def _edits() -> Dataset:
 
 def test_training_goes_on_where_it_stopped_and_writes_a_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Dataset, "load", classmethod(lambda cls, folder: _edits()))
+    monkeypatch.setattr(Dataset, "load_heldout", classmethod(lambda cls, folder: _edits()))
     monkeypatch.setattr(exact_lora, "BATCH", 2)
     monkeypatch.setattr(exact_lora, "RANK", 4)
     monkeypatch.setattr(exact_lora, "SAVE_STEPS", 1)
+    monkeypatch.setattr(exact_lora, "CHECK_STEPS", 1)
     first = exact_lora.train_exact_lora(tmp_path, MODEL_DIR, minutes=60, compiled=False)
     assert [next(first), next(first)] == [1, 2]
     again = exact_lora.train_exact_lora(tmp_path, MODEL_DIR, minutes=60, compiled=False)
     assert next(again) == 3
     assert read_reference_visibility(tmp_path / "exact-lora") == "isolated"
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "heldout_loss" in line] == [1, 2, 3]
+
+
+def test_training_begins_with_a_lora_of_a_lower_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Dataset, "load", classmethod(lambda cls, folder: _edits()))
+    monkeypatch.setattr(Dataset, "load_heldout", classmethod(lambda cls, folder: _edits()))
+    monkeypatch.setattr(exact_lora, "BATCH", 2)
+    monkeypatch.setattr(exact_lora, "RATE", 0.0)
+    bundled = exact_lora.read_factors(EXACT_LORA_DIR)
+    monkeypatch.setattr(exact_lora, "RANK", 3 + len(next(iter(bundled.values()))[0]))
+    monkeypatch.setattr(exact_lora, "SAVE_STEPS", 1)
+    next(exact_lora.train_exact_lora(tmp_path, MODEL_DIR, minutes=60, compiled=False, start=EXACT_LORA_DIR))
+    for name, (down, up) in exact_lora.read_factors(tmp_path / "exact-lora").items():
+        before = bundled[name][1].float() @ bundled[name][0].float()
+        torch.testing.assert_close(up.float() @ down.float(), before, atol=1e-3, rtol=1e-2)
 
 
 @torch.no_grad()

@@ -17,8 +17,11 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=Path("runs/train-demo"), help="checkpoints, data and log")
     parser.add_argument("--model-dir", type=Path, default=MODEL_DIR, help="where the finished model is written")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--processes", type=int, default=2, help="CPU processes for `encode` and `dit`, a thread each")
+    parser.add_argument(
+        "--processes", type=int, default=2, help="CPU processes of a stage that can use several, a thread each"
+    )
     parser.add_argument("--samples", type=int, default=16_000, help="edits to encode for training")
+    parser.add_argument("--start", type=Path, help="folder of a LoRA that `exact_lora` goes on from")
     arguments = parser.parse_args()
     names = list(stages.STAGES) if arguments.stage == "all" else [arguments.stage]
     for name in names:

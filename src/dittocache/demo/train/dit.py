@@ -120,7 +120,7 @@ def train_dit(work_dir: Path, model_dir: Path, minutes: float, rank: int = 0, wo
         log.write(step=step, exported=True)
 
     while True:
-        fraction, rate = _agree(budget)
+        fraction, rate = agree(budget, hold=0.5)
         if fraction >= 1.0:
             break
         batch = data.batch(next(order), EMPTY_SHARE, generator)
@@ -156,9 +156,9 @@ def train_dit(work_dir: Path, model_dir: Path, minutes: float, rank: int = 0, wo
         export()
 
 
-def _agree(budget: Budget) -> tuple[float, float]:
+def agree(budget: Budget, hold: float) -> tuple[float, float]:
     """(fraction, learning-rate factor) of rank 0, so that all ranks take the same number of steps."""
-    values = torch.tensor([budget.fraction, budget.rate(hold=0.5)])
+    values = torch.tensor([budget.fraction, budget.rate(hold=hold)])
     if dist.is_initialized():
         dist.broadcast(values, src=0)
     return float(values[0]), float(values[1])

@@ -19,7 +19,7 @@ from torch import nn
 
 from dittocache.demo.model import load_pipeline
 from dittocache.demo.train.dataset import Dataset
-from dittocache.demo.train.dit import EMPTY_SHARE, average_gradients, draw_sigmas
+from dittocache.demo.train.dit import EMPTY_SHARE, agree, average_gradients, draw_sigmas
 from dittocache.demo.train.encode import TEXT_LENGTH
 from dittocache.demo.train.fast import TrainingForward
 from dittocache.demo.train.muon import Muon
@@ -29,11 +29,13 @@ from dittocache.training.config import TrainConfig
 from dittocache.training.lora import WEIGHT_NAME, add_lora, save_lora, target_pattern
 
 FAMILY = "qwen-image-edit-plus"
-RANK = 24
-BATCH = 16
+RANK = 32
+BATCH = 16  # samples a process and step
 RATE = 1e-3
 EMA_DECAY = 0.99
+HOLD = 0.4  # share of the budget before the learning rate falls
 SAVE_STEPS = 50
+CHECK_STEPS = 250
 
 
 @dataclass
@@ -110,24 +112,41 @@ def distillation_loss(
     return (errors * weights).sum() / weights.sum()
 
 
+@torch.no_grad()
+def heldout_loss(pupil: TrainingForward, teacher: TrainingForward, heldout: Dataset) -> float:
+    """Loss on the held-out edits at fixed noise and noise levels."""
+    generator = torch.Generator().manual_seed(0)
+    batches = (torch.arange(first, first + BATCH) for first in range(0, len(heldout) - BATCH + 1, BATCH))
+    losses = [
+        float(distillation_loss(pupil, teacher, heldout.batch(index, 0.0, generator), generator)) for index in batches
+    ]
+    return sum(losses) / len(losses)
+
+
 def train_exact_lora(
-    work_dir: Path, model_dir: Path, minutes: float, compiled: bool = True, start: Path | None = None
+    work_dir: Path,
+    model_dir: Path,
+    minutes: float,
+    compiled: bool = True,
+    start: Path | None = None,
+    rank: int = 0,
 ) -> Iterator[int]:
     """Train for `minutes` in all, yielding after every step; resumes from its checkpoint.
 
-    The averaged LoRA is written to `work_dir/exact-lora` every `SAVE_STEPS` steps and at the end.
+    Run it in processes that have joined one gloo group, one for each `rank`, or alone. The averaged LoRA is written to
+    `work_dir/exact-lora` every `SAVE_STEPS` steps and at the end.
 
     Args:
         compiled: whether blocks are compiled, which takes minutes and pays in a long run.
-        start: a LoRA of this rank with isolated references to begin with.
+        start: a LoRA with isolated references to begin with, of this rank or of a lower one.
     """
     transformer = load_pipeline(folder=model_dir).transformer
     teacher = TrainingForward(transformer.requires_grad_(False), TEXT_LENGTH, compiled)
     student = copy.deepcopy(transformer)
     factors = add_factors(student, RANK)
     for name, (down, up) in ({} if start is None else read_factors(start)).items():
-        factors[name].down.data.copy_(down)
-        factors[name].up.data.copy_(up)
+        factors[name].down.data[: len(down)] = down
+        factors[name].up.data[:, : len(down)] = up
     pupil = TrainingForward(student, TEXT_LENGTH, compiled, isolated=True)
     parameters = [one for part in factors.values() for one in (part.down, part.up)]
     average = [one.detach().clone() for one in parameters]
@@ -139,9 +158,10 @@ def train_exact_lora(
             one.data.copy_(value)
         average, step, spent = checkpoint["average"], checkpoint["step"], checkpoint["spent"]
         muon.load_state_dict(checkpoint["muon"])
-    data, log = Dataset.load(work_dir), Log(work_dir / "log.jsonl", "exact_lora")
-    generator = torch.Generator().manual_seed(step)
-    order = data.batches(BATCH, seed=step)
+    data, heldout = Dataset.load(work_dir), Dataset.load_heldout(work_dir)
+    log = Log(work_dir / "log.jsonl", "exact_lora")
+    generator = torch.Generator().manual_seed(1000 * rank + step)
+    order = data.batches(BATCH, seed=17 * rank + step)
     budget, recent = Budget(minutes, spent), []
 
     def save() -> None:
@@ -150,7 +170,7 @@ def train_exact_lora(
         pairs = zip(average[::2], average[1::2], strict=True)
         save_factors(work_dir / "exact-lora", model_dir, dict(zip(factors, pairs, strict=True)))
 
-    while (rate := budget.rate()) > 0 or step == 0:
+    while (rate := agree(budget, HOLD)[1]) > 0 or step == 0:
         for part in factors.values():
             part.merge()
         loss = distillation_loss(pupil, teacher, data.batch(next(order), EMPTY_SHARE, generator), generator)
@@ -160,6 +180,9 @@ def train_exact_lora(
         for one in parameters:
             one.grad = None
         step += 1
+        if rank != 0:
+            yield step
+            continue
         recent.append(float(loss.detach()))
         decay = min(EMA_DECAY, (1 + step) / (10 + step))
         torch._foreach_lerp_(average, [one.detach() for one in parameters], 1 - decay)
@@ -167,5 +190,10 @@ def train_exact_lora(
             log.write(step=step, loss=round(sum(recent) / len(recent), 5), rate=round(rate, 3))
             recent = []
             save()
+        if step % CHECK_STEPS == 0:
+            for part in factors.values():
+                part.merge()
+            log.write(step=step, heldout_loss=round(heldout_loss(pupil, teacher, heldout), 5))
         yield step
-    save()
+    if rank == 0:
+        save()

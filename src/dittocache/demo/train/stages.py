@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class Options:
     device: str
     processes: int
     samples: int
+    start: Path | None = None
 
 
 def run_tokenizer(options: Options) -> None:
@@ -69,12 +71,8 @@ def run_dit(options: Options) -> None:
 
 
 def run_exact_lora(options: Options) -> None:
-    """Train the LoRA with isolated references on the finished model."""
-    from dittocache.demo.train.exact_lora import train_exact_lora
-
-    torch.set_num_threads(1)
-    for _ in train_exact_lora(options.work_dir, options.model_dir, options.minutes or 50.0):
-        pass
+    """Train the LoRA with isolated references on the finished model in several processes."""
+    _spawn(_exact_lora_worker, options)
 
 
 def run_evaluate(options: Options) -> None:
@@ -102,10 +100,27 @@ def _encode_worker(rank: int, options: Options) -> None:
 def _dit_worker(rank: int, options: Options) -> None:
     from dittocache.demo.train.dit import train_dit
 
-    if options.processes > 1:
-        dist.init_process_group("gloo", rank=rank, world_size=options.processes)
-    try:
+    with _process_group(rank, options.processes):
         train_dit(options.work_dir, options.model_dir, options.minutes or 60.0, rank, options.processes)
+
+
+def _exact_lora_worker(rank: int, options: Options) -> None:
+    from dittocache.demo.train.exact_lora import train_exact_lora
+
+    torch.set_num_threads(1)
+    minutes = options.minutes or 60.0
+    with _process_group(rank, options.processes):
+        for _ in train_exact_lora(options.work_dir, options.model_dir, minutes, start=options.start, rank=rank):
+            pass
+
+
+@contextmanager
+def _process_group(rank: int, world: int) -> Iterator[None]:
+    """One gloo group of all processes, where there are several."""
+    if world > 1:
+        dist.init_process_group("gloo", rank=rank, world_size=world)
+    try:
+        yield
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
