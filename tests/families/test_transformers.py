@@ -97,4 +97,23 @@ def test_a_layered_model_has_its_reference_last() -> None:
     model = qwen_transformer()
     model.register_to_config(use_layer3d_rope=True)
     kwargs = {"hidden_states": torch.zeros(1, 40, CHANNELS), "img_shapes": [[(1, 4, 4), (1, 2, 4), (1, 4, 4)]]}
-    assert QwenImageTransformerAdapter().token_layout(model, kwargs) == TokenLayout(24, 16)
+    assert QwenImageTransformerAdapter().token_layout(model, kwargs) == TokenLayout(24, 16, layers=2)
+
+
+@torch.no_grad()
+def test_one_index_modulates_all_tokens_of_a_picture() -> None:
+    model, adapter = qwen_transformer(zero_cond_t=True), QwenImageTransformerAdapter()
+    block: Any = model.transformer_blocks[0]
+    seen: list[dict[str, Any]] = []
+    block.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs), with_kwargs=True)
+    edit = replace(EDIT, batch=2)
+    model(**edit.kwargs(edit.latents(), 0.5))
+    layout = TokenLayout(edit.noise, edit.reference)
+    [kwargs] = seen
+    kwargs["hidden_states"] = kwargs["hidden_states"][:, : edit.noise]
+    one = adapter.noise_only_block(kwargs, layout)
+    each = adapter.noise_only_block(kwargs, replace(layout, layers=2))  # the second layer has an index of its own
+    assert one["modulate_index"].shape == (2, 1)
+    assert torch.equal(each["modulate_index"], kwargs["modulate_index"][:, : edit.noise])
+    for found, expected in zip(block(**one), block(**each), strict=True):
+        assert torch.equal(found, expected)

@@ -12,6 +12,7 @@ from dittocache.demo.tiny import tiny_pipeline
 from dittocache.errors import ModelError
 from dittocache.families.base import Family
 from dittocache.families.denoiser import is_isolated
+from dittocache.referencekv.rules import lora_visibility
 from dittocache.training.config import TrainConfig
 from dittocache.training.continuation import check_continuation
 from dittocache.training.lora import WEIGHT_NAME, add_lora, read_reference_visibility, restore_lora, save_lora
@@ -29,6 +30,9 @@ def test_saved_and_read_back(family: Family, tmp_path: Path, visibility: str) ->
     assert is_isolated(transformer) is (visibility == "isolated")
     save_lora(transformer, family, tmp_path, {})
     assert read_reference_visibility(tmp_path) == visibility
+    pipe = tiny_pipeline(family.name)
+    pipe.load_lora_weights(tmp_path)
+    assert lora_visibility(pipe.transformer) == (visibility if visibility == "isolated" else None)
     restore_lora(_transformer(family, visibility), family, tmp_path)
     other = {"full": "isolated", "isolated": "full"}[visibility]
     with pytest.raises(ModelError, match=f"trained with train.reference_visibility {visibility}, .* are {other}"):

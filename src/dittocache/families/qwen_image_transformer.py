@@ -48,11 +48,12 @@ class QwenImageTransformerAdapter(UsualForward):
         """Noise tokens by the first of `img_shapes` (all but the last for layered models), references after them."""
         tokens = forward_kwargs["hidden_states"].shape[1]
         layered = bool(cast(Any, module).config.get("use_layer3d_rope", False))
-        noise = {_noise_tokens(sample, layered) for sample in _shapes_of(forward_kwargs.get("img_shapes"))}
-        if len(noise) != 1:  # no shapes, or samples that are laid out differently: no token is surely a reference
-            return TokenLayout(tokens, 0)
-        [count] = noise
-        return TokenLayout(count, tokens - count) if count <= tokens else TokenLayout(tokens, 0)
+        noise = [_noise_shapes(sample, layered) for sample in _shapes_of(forward_kwargs.get("img_shapes"))]
+        counts, layers = {sum(prod(shape) for shape in shapes) for shapes in noise}, max(map(len, noise), default=1)
+        if len(counts) != 1:  # no shapes, or samples that are laid out differently: no token is surely a reference
+            return TokenLayout(tokens, 0, layers)
+        [count] = counts
+        return TokenLayout(count, tokens - count, layers) if count <= tokens else TokenLayout(tokens, 0, layers)
 
     def blocks(self, module: nn.Module) -> Sequence[nn.Module]:
         """The dual-stream blocks."""
@@ -79,10 +80,14 @@ class QwenImageTransformerAdapter(UsualForward):
         return batch_rows(forward_kwargs, rows, ("img_shapes", "txt_seq_lens"), whole=("attention_kwargs",))
 
     def noise_only_block(self, block_kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
-        """Cut `modulate_index` `(B, N + R)` and the image half of the RoPE frequencies."""
+        """Cut `modulate_index` `(B, N + R)` and the image half of the RoPE frequencies.
+
+        Tokens of one picture are modulated alike, so that the index of the first, `(B, 1)`, stands for all: the same
+        numbers, broadcast instead of chosen token by token.
+        """
         kwargs = dict(block_kwargs)
         if kwargs.get("modulate_index") is not None:
-            kwargs["modulate_index"] = kwargs["modulate_index"][:, : layout.noise]
+            kwargs["modulate_index"] = kwargs["modulate_index"][:, : layout.noise if layout.layers > 1 else 1]
         image_freqs, text_freqs = kwargs["image_rotary_emb"]
         kwargs["image_rotary_emb"] = (image_freqs[: layout.noise], text_freqs)
         return kwargs
@@ -215,9 +220,8 @@ def _shapes_of(img_shapes: Any) -> list[Sequence[tuple[int, int, int]]]:
     return [[sample] if isinstance(sample[0], int) else sample for sample in img_shapes or ()]
 
 
-def _noise_tokens(shapes: Sequence[tuple[int, int, int]], layered: bool) -> int:
-    noise = shapes[:-1] if layered and len(shapes) > 1 else shapes[:1]
-    return sum(prod(shape) for shape in noise)
+def _noise_shapes(shapes: Sequence[tuple[int, int, int]], layered: bool) -> Sequence[tuple[int, int, int]]:
+    return shapes[:-1] if layered and len(shapes) > 1 else shapes[:1]
 
 
 def _take_apart(

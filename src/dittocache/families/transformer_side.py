@@ -87,10 +87,14 @@ class Polynomial:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """How many of the image tokens are noise (N, first) and how many are references (R, after them)."""
+    """How many of the image tokens are noise (N, first) and how many are references (R, after them).
+
+    The noise is that of one picture, or of several layers of one.
+    """
 
     noise: int
     reference: int
+    layers: int = 1
 
 
 @dataclass

@@ -28,7 +28,7 @@ from dittocache.referencekv.isolation import CONTROLNET, isolate_references
 from dittocache.referencekv.policy import EXACT, refresh_now
 from dittocache.referencekv.prediction import BranchReferences
 from dittocache.referencekv.prefill import prefill
-from dittocache.referencekv.rules import check_settings, rule_of, trained_visibility
+from dittocache.referencekv.rules import check_adapters, check_settings, lora_visibility, rule_of, trained_visibility
 from dittocache.referencekv.store import RunKV
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
         self.branch_listener = BranchListener()
         self.enabled = True
         self.isolation = ExitStack()
+        self.isolated_for_lora = False
         self.config = config
         self._adapter = adapter
         self._clock = clock
@@ -208,6 +209,7 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
         self, module: nn.Module, call: DenoisingCall, forward_kwargs: dict[str, Any], layout: TokenLayout
     ) -> BranchReferences:
         """A branch that keeps nothing; exact references may have been kept for another one before."""
+        check_adapters(self.config, module, self._isolated, self.isolated_for_lora)
         rule = rule_of(self.config, call.steps, self._adapter.reference_is_exact(module))
         blocks = range(self._first_kept, self._blocks)
         if self._isolated and rule == EXACT:
@@ -336,15 +338,18 @@ def apply_reference_kv(
         )
     with ExitStack() as undo:
         visibility = None if config.mode == "approx" else trained_visibility(denoiser.module)
-        if visibility is not None and not is_isolated(denoiser.module):
+        isolated_here = visibility is not None and not is_isolated(denoiser.module)
+        if isolated_here:
             undo.enter_context(isolate_references(denoiser.module, apart=visibility == "apart"))
-            say(f"references are isolated while their cache is on ({visibility}): this checkpoint was trained so")
+            trained = "this checkpoint" if lora_visibility(denoiser.module) is None else "its LoRA"
+            say(f"references are isolated while their cache is on ({visibility}): {trained} was trained so")
         check_settings(config, adapter, denoiser.module)
         if not is_isolated(denoiser.module):
             check_attention(denoiser.module, adapter, "the reference KV cache")
         by_hand = denoiser.scheduler is None
         hook = ReferenceKVHook(config, adapter, clock or RunClock(adapter, denoiser.scheduler), by_hand, say)
         HookRegistry.check_if_exists_or_initialize(denoiser.module).register_hook(hook, HOOK_NAME)
+        hook.isolated_for_lora = isolated_here and lora_visibility(denoiser.module) is not None
         hook.isolation = undo.pop_all()
     return hook
 

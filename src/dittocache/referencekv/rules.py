@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from torch import nn
 
@@ -15,6 +15,9 @@ from dittocache.referencekv.policy import EXACT, RefreshRule
 
 Visibility = Literal["isolated", "apart"]
 """References of a sample see each other and nothing else; or each sees itself only."""
+
+VISIBILITY_KEY = "reference_visibility"
+"""In a transformer's configuration, in the header of a LoRA's file and in its PEFT configuration's `auto_mapping`."""
 
 ISOLATED_CHECKPOINTS: Mapping[str, Visibility] = {"Qwen-Image-Edit-Causal": "apart"}
 """Published checkpoints that were trained with isolated references, by the last part of their names."""
@@ -55,15 +58,48 @@ def usual_rule(steps: int | None) -> RefreshRule:
 def trained_visibility(module: nn.Module) -> Visibility | None:
     """What the references of this checkpoint see, where it is known to have been trained with isolated ones.
 
-    From `reference_visibility` in the transformer's configuration, else from the name that it was loaded by. Of a LoRA
-    nothing is left in the model that would say so.
+    From an active LoRA, from `reference_visibility` in the transformer's configuration, or from the name that it was
+    loaded by.
     """
     config = getattr(module, "config", {})
-    said = config.get("reference_visibility")
-    if said in get_args(Visibility):
-        return cast(Visibility, said)
+    for said in (lora_visibility(module), config.get(VISIBILITY_KEY)):
+        if said in get_args(Visibility):
+            return cast(Visibility, said)
     parts = re.split(r"[/\\]|--", str(config.get("_name_or_path") or ""))
     return next((ISOLATED_CHECKPOINTS[part] for part in parts if part in ISOLATED_CHECKPOINTS), None)
+
+
+def lora_visibility(module: nn.Module) -> Visibility | None:
+    """What the references see with the active LoRAs, where one of them was trained by this library with isolated ones.
+
+    PEFT's `auto_mapping` is the one part of a LoRA's configuration that takes any entry, and `load_lora_weights` brings
+    it along from the file.
+    """
+    configs: Mapping[str, Any] = getattr(module, "peft_config", {})
+    for name in cast(Any, module).active_adapters() if configs else ():
+        said = (getattr(configs.get(name), "auto_mapping", None) or {}).get(VISIBILITY_KEY)
+        if said in get_args(Visibility):
+            return cast(Visibility, said)
+    return None
+
+
+def check_adapters(config: ReferenceKVConfig, module: nn.Module, isolated: bool, for_lora: bool) -> None:
+    """Raise ReferenceCacheError where LoRAs came or went while the cache is on, and references see what they must not.
+
+    Args:
+        isolated: whether references are isolated.
+        for_lora: whether the cache isolated them because a LoRA was trained so.
+    """
+    visibility, again = lora_visibility(module), "take the reference KV cache off and put it on again"
+    if visibility is not None and not isolated and config.mode != "approx":
+        raise ReferenceCacheError(
+            f"an active LoRA of this {type(module).__name__} was trained with isolated references ({visibility}), and "
+            f"was loaded while the reference KV cache was on: {again}, which isolates them"
+        )
+    if visibility is None and for_lora:
+        raise ReferenceCacheError(
+            f"references of this {type(module).__name__} were isolated for a LoRA that is active no longer: {again}"
+        )
 
 
 def check_settings(config: ReferenceKVConfig, adapter: TransformerAdapter, module: nn.Module) -> None:
@@ -73,8 +109,8 @@ def check_settings(config: ReferenceKVConfig, adapter: TransformerAdapter, modul
         raise ReferenceCacheError(
             f"mode 'exact' asks this {name} for references that never change, but they are not isolated: they see the "
             "noise, or follow the timestep. Neither the checkpoint's name nor its configuration (reference_visibility) "
-            "says that it was trained otherwise. Load a LoRA that was trained with isolated references and call "
-            "isolate_references(pipe), or take mode 'approx'"
+            "nor an active LoRA says that it was trained otherwise. Load a LoRA that was trained so (with one of "
+            "another library, call isolate_references(pipe) too), or take mode 'approx'"
         )
     if config.reuse_across_calls and not exact:
         raise ReferenceCacheError(

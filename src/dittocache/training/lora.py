@@ -16,12 +16,12 @@ from dittocache.families.base import Family
 from dittocache.families.denoiser import is_isolated
 from dittocache.families.loading import diffusers_class
 from dittocache.referencekv.isolation import isolate_references
+from dittocache.referencekv.rules import VISIBILITY_KEY
 from dittocache.training.config import TrainConfig
 
 ADAPTER_NAME = "default"
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` looks for
 SETTINGS_KEY = "dittocache"  # metadata entry beside PEFT's own
-VISIBILITY_KEY = "reference_visibility"  # the same: `full` or `isolated`, what it was trained with
 
 Visibility = Literal["full", "isolated"]
 
@@ -100,20 +100,23 @@ def save_lora(transformer: Any, family: Family, folder: Path, metadata: Mapping[
     """Write the LoRA to `folder`, where `pipe.load_lora_weights(folder)` finds it; return the file.
 
     `metadata` (JSON values: the settings of the run) stands in the file's header under `dittocache`, beside PEFT's
-    configuration, and under `reference_visibility` whether references were isolated. The file appears whole or not at
-    all.
+    configuration, and under `reference_visibility` whether references were isolated (`full` or `isolated`). If they
+    were, PEFT's configuration says it too: it goes with the LoRA into the model. The file appears whole or not at all.
     """
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     peft_config = _json_values(transformer.peft_config[ADAPTER_NAME].to_dict())
+    visibility = _visibility(transformer)
+    if visibility == "isolated":
+        peft_config["auto_mapping"] = {VISIBILITY_KEY: visibility}
     adapter = {f"{_transformer_name(family)}.{key}": value for key, value in peft_config.items()}
     header = {
         "format": "pt",
         LORA_ADAPTER_METADATA_KEY: json.dumps(adapter, sort_keys=True),
         SETTINGS_KEY: json.dumps(metadata, sort_keys=True),
-        VISIBILITY_KEY: _visibility(transformer),
+        VISIBILITY_KEY: visibility,
     }
 
     def write(weights: dict[str, torch.Tensor], path: str) -> None:
