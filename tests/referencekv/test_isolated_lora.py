@@ -17,6 +17,7 @@ from dittocache.families.denoiser import is_isolated
 from dittocache.families.qwen_image_sizes import pipeline_sizes
 from dittocache.families.registry import get_family
 from dittocache.referencekv.rules import lora_visibility
+from dittocache.sampling.session import NOT_ISOLATED
 from dittocache.training.config import TrainConfig
 from dittocache.training.lora import add_lora, save_lora
 
@@ -104,3 +105,7 @@ def test_approximation_may_be_asked_for(loras: dict[str, Path]) -> None:
     with cached(pipe, reference_kv=ReferenceKVConfig(mode="approx", refresh=2)) as trace:
         latents(pipe)
     assert trace.references_reused == 2
+    assert trace.notes == [NOT_ISOLATED]
+    with isolate_references(pipe), cached(pipe) as trace:
+        latents(pipe)
+    assert trace.notes == []

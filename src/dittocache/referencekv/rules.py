@@ -76,7 +76,8 @@ def lora_visibility(module: nn.Module) -> Visibility | None:
     it along from the file.
     """
     configs: Mapping[str, Any] = getattr(module, "peft_config", {})
-    for name in cast(Any, module).active_adapters() if configs else ():
+    active: Any = getattr(module, "active_adapters", ()) if configs else ()
+    for name in active() if callable(active) else active:  # a method of diffusers' models, a list in PEFT's own
         said = (getattr(configs.get(name), "auto_mapping", None) or {}).get(VISIBILITY_KEY)
         if said in get_args(Visibility):
             return cast(Visibility, said)

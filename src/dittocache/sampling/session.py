@@ -13,12 +13,13 @@ from diffusers.hooks.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from dittocache.errors import StepCacheError
-from dittocache.families.denoiser import find_denoiser, installed_hook, remove_hook
+from dittocache.families.denoiser import find_denoiser, installed_hook, is_isolated, remove_hook
 from dittocache.families.registry import step_adapter_of
 from dittocache.families.run_clock import BranchListener, DenoisingCall, RunClock, bind_forward
 from dittocache.referencekv.config import ReferenceKVConfig
 from dittocache.referencekv.hook import HOOK_NAME as REFERENCE_KV_HOOK
 from dittocache.referencekv.hook import ReferenceKVHook, apply_reference_kv, remove_reference_kv
+from dittocache.referencekv.rules import lora_visibility
 from dittocache.sampling.trace import StepRecord, Trace
 from dittocache.teacache.adapter import TeaCacheAdapter
 from dittocache.teacache.config import TeaCacheConfig
@@ -27,6 +28,10 @@ from dittocache.teacache.hook import TeaCacheHook
 
 logger = logging.getLogger(__name__)
 
+NOT_ISOLATED = (
+    "an active LoRA was trained with isolated references, but they see everything, which spoils the pictures; call "
+    "dittocache.isolate_references(pipe) before"
+)
 HOOK_NAME = "dittocache_session"
 
 CacheHook = TeaCacheHook | ReferenceKVHook
@@ -74,6 +79,8 @@ def cached(
         if reference_kv is not None:
             caches.append(apply_reference_kv(target, reference_kv, clock, note))
             undo.callback(remove_reference_kv, target)
+        if lora_visibility(module) is not None and not is_isolated(module):
+            note(NOT_ISOLATED)
         if teacache is not None:  # registered later, so it stands around the reference cache
             if reference_kv is not None:  # keys and values are kept for the batch as a whole
                 teacache = teacache.model_copy(update={"per_sample": False})
