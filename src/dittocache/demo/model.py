@@ -16,7 +16,8 @@ ASSETS = Path(__file__).parent / "assets"
 MODEL_DIR = ASSETS / "model"
 SAMPLES_DIR = ASSETS / "samples"
 EXACT_LORA_DIR = ASSETS / "exact-lora"
-"""A LoRA with isolated references: `pipe.load_lora_weights(EXACT_LORA_DIR)`, then `isolate_references(pipe)`."""
+"""A LoRA with isolated references, which the reference KV cache sees to once `pipe.load_lora_weights(EXACT_LORA_DIR)`
+has loaded it; without that cache call `isolate_references(pipe)`."""
 
 DEMO_SIZES = Sizes(resolution=128, condition_resolution=64)
 """What the model was trained on: 64 packed latent tokens a picture, 4 image tokens for the text encoder."""
