@@ -43,7 +43,7 @@ class ReferenceWatch:
         answer = torch.empty((), dtype=torch.bool, pin_memory=True)
         answer.copy_((kept == found).all(), non_blocking=True)
         event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(references.device))  # a pipeline may be spread over several devices
         self._asked = answer, event
         return True
 

@@ -160,12 +160,15 @@ class _Recorder(ModelHook):  # type: ignore[misc]  # diffusers counts as Any
     def _timed(self, call: DenoisingCall, forward_kwargs: dict[str, Any]) -> tuple[StepRecord, Any]:
         record = StepRecord(call.run, call.step, call.branch, "", "", None, None, 0.0)
         forward = self.fn_ref.original_forward
-        if any(isinstance(value, torch.Tensor) and value.is_cuda for value in forward_kwargs.values()):
-            # The host only queues work: the device's own clock counts.
+        tensors = (value for value in forward_kwargs.values() if isinstance(value, torch.Tensor))
+        device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+        if device is not None:
+            # The host only queues work: the device's own clock counts, of the device that the model is on.
+            stream = torch.cuda.current_stream(device)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
+            start.record(stream)
             output = forward(**forward_kwargs)
-            end.record()
+            end.record(stream)
             self._pending.append((record, start, end))
             return record, output
         began = time.perf_counter()
