@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from tests.referencekv.cached_steps import edited
 
 from dittocache import ReferenceKVConfig, cached, isolate_references
 from dittocache.demo.tiny import tiny_pipeline
 from dittocache.errors import ReferenceCacheError
-from dittocache.families.base import Sizes
 from dittocache.families.denoiser import is_isolated
-from dittocache.families.qwen_image_sizes import pipeline_sizes
 from dittocache.families.registry import get_family
 from dittocache.referencekv.rules import lora_visibility
 from dittocache.sampling.session import NOT_ISOLATED
@@ -22,7 +19,6 @@ from dittocache.training.config import TrainConfig
 from dittocache.training.lora import add_lora, save_lora
 
 FAMILY = "qwen-image-edit-plus"
-PICTURE = Image.effect_noise((64, 64), 50).convert("RGB")
 
 
 @pytest.fixture(scope="module")
@@ -39,32 +35,14 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def latents(pipe: Any) -> torch.Tensor:
-    """What a call of four steps makes."""
-    embeds = torch.randn(1, 6, pipe.transformer.config.joint_attention_dim, generator=torch.Generator().manual_seed(3))
-    with pipeline_sizes(Sizes(resolution=64, condition_resolution=64)):
-        made: torch.Tensor = pipe(
-            image=PICTURE,
-            prompt_embeds=embeds,
-            prompt_embeds_mask=torch.ones(1, 6, dtype=torch.long),
-            width=64,
-            height=64,
-            num_inference_steps=4,
-            true_cfg_scale=1.0,
-            generator=torch.Generator().manual_seed(0),
-            output_type="latent",
-        ).images
-    return made
-
-
 def test_loaded_by_hand_it_is_exact(loras: dict[str, Path]) -> None:
     pipe = tiny_pipeline(FAMILY)
     pipe.load_lora_weights(loras["isolated"])
     with isolate_references(pipe):
-        expected = latents(pipe)
-    assert not torch.equal(latents(pipe), expected)  # full visibility makes other pictures
+        expected = edited(pipe)
+    assert not torch.equal(edited(pipe), expected)  # full visibility makes other pictures
     with cached(pipe, reference_kv=ReferenceKVConfig(mode="exact")) as trace:
-        assert torch.equal(latents(pipe), expected)
+        assert torch.equal(edited(pipe), expected)
     assert trace.references_reused == 3
     assert not is_isolated(pipe.transformer)
 
@@ -90,22 +68,22 @@ def test_loaded_or_unloaded_while_the_cache_is_on_is_an_error(loras: dict[str, P
     with cached(pipe, reference_kv=ReferenceKVConfig()):
         pipe.load_lora_weights(loras["isolated"])
         with pytest.raises(ReferenceCacheError, match=r"was trained with isolated references .* take the .* on again"):
-            latents(pipe)
+            edited(pipe)
     with cached(pipe, reference_kv=ReferenceKVConfig()):
-        latents(pipe)
+        edited(pipe)
         pipe.unload_lora_weights()
         with pytest.raises(ReferenceCacheError, match="isolated for a LoRA that is active no longer"):
-            latents(pipe)
-    latents(pipe)
+            edited(pipe)
+    edited(pipe)
 
 
 def test_approximation_may_be_asked_for(loras: dict[str, Path]) -> None:
     pipe = tiny_pipeline(FAMILY)
     pipe.load_lora_weights(loras["isolated"])
     with cached(pipe, reference_kv=ReferenceKVConfig(mode="approx", refresh=2)) as trace:
-        latents(pipe)
+        edited(pipe)
     assert trace.references_reused == 2
     assert trace.notes == [NOT_ISOLATED]
     with isolate_references(pipe), cached(pipe) as trace:
-        latents(pipe)
+        edited(pipe)
     assert trace.notes == []

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import QwenImageEditPlusPipeline
-from PIL import Image
 from tests.denoising import EDIT, equal, fail_in, qwen_transformer, velocities
+from tests.referencekv.cached_steps import FROZEN, STEPS, edited
 
 from dittocache import (
     Omni,
@@ -26,17 +26,11 @@ from dittocache import (
 )
 from dittocache.demo.tiny import tiny_pipeline
 from dittocache.errors import ModelError, ReferenceCacheError
-from dittocache.families.base import Sizes
 from dittocache.families.denoiser import installed_hook
-from dittocache.families.qwen_image_sizes import pipeline_sizes
 from dittocache.referencekv.hook import HOOK_NAME
 from dittocache.referencekv.switch import SESSION_HOOK, STEP_CACHE_HOOK
 from dittocache.sampling import session
 from dittocache.teacache import hook as teacache_hook
-
-STEPS = 4
-FROZEN = ReferenceKVConfig(refresh=(0,))
-PICTURE = Image.effect_noise((64, 64), 50).convert("RGB")
 
 
 @pytest.fixture(scope="module")
@@ -56,24 +50,10 @@ def latents(pipe: Any, tokens: list[int] | None = None, **call: Any) -> torch.Te
     seen = tokens if tokens is not None else []
     first = pipe.transformer.transformer_blocks[0]
     handle = first.img_mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    embeds = torch.randn(1, 6, pipe.transformer.config.joint_attention_dim, generator=torch.Generator().manual_seed(3))
     try:
-        with pipeline_sizes(Sizes(resolution=64, condition_resolution=64)):
-            made: torch.Tensor = pipe(
-                image=PICTURE,
-                prompt_embeds=embeds,
-                prompt_embeds_mask=torch.ones(1, 6, dtype=torch.long),
-                width=64,
-                height=64,
-                num_inference_steps=STEPS,
-                true_cfg_scale=1.0,
-                generator=torch.Generator().manual_seed(0),
-                output_type="latent",
-                **call,
-            ).images
+        return edited(pipe, **call)
     finally:
         handle.remove()
-    return made
 
 
 def kept_steps(tokens: list[int]) -> str:

@@ -50,12 +50,10 @@ def quick_config(
     if not problems and (config.run_dir / CONFIG_NAME).is_file():
         return _started(config, overrides, notice, named_cache)
     family = _family_name(config, problems) if model is not None else None
-    suggested = {**GENERAL, **(_bundled() if model == BUNDLED else suggested_settings(family or ""))}
+    suggested = {**GENERAL, **_suggested(model, family)}
     config = _checked(suggested, given, problems) or config
     count = _count_samples(config, family, problems) if data is not None else 0
-    problems = list(dict.fromkeys(problems))
-    if problems:
-        raise ConfigError(f"{len(problems)} problem(s) found before anything was loaded", problems)
+    _require_none(list(dict.fromkeys(problems)))
     notice(f"run {config.run_dir}: {count} samples, a {family}; its settings will be in {config.run_dir / CONFIG_NAME}")
     suggested |= _chosen_steps(config, count, notice)
     suggested |= _chosen_memory(config, notice)
@@ -72,10 +70,8 @@ def picture_config(model: str, overrides: Settings, named_cache: str | None = No
     problems: list[str] = []
     config = _checked({}, given, problems) or check_config({}, places)
     family = _family_name(config, problems)
-    if problems:
-        raise ConfigError(f"{len(problems)} problem(s) found before anything was loaded", problems)
-    suggested = _bundled() if model == BUNDLED else suggested_settings(family or "")
-    return check_config({}, given, defaults=suggested, named_cache=named_cache)
+    _require_none(problems)
+    return check_config({}, given, defaults=_suggested(model, family), named_cache=named_cache)
 
 
 def steps_for(samples: int, samples_a_step: int) -> int:
@@ -90,6 +86,16 @@ def _checked(defaults: Settings, given: Settings, problems: list[str]) -> RunCon
     except ConfigError as error:
         problems += error.problems or [str(error)]
         return None
+
+
+def _require_none(problems: list[str]) -> None:
+    if problems:
+        raise ConfigError(f"{len(problems)} problem(s) found before anything was loaded", problems)
+
+
+def _suggested(model: str | None, family: str | None) -> dict[str, Any]:
+    """Defaults for this model: the bundled one's, or its family's."""
+    return _bundled() if model == BUNDLED else dict(suggested_settings(family or ""))
 
 
 def _started(config: RunConfig, overrides: Settings, notice: Notice, named_cache: str | None) -> RunConfig:
