@@ -338,10 +338,11 @@ def apply_reference_kv(
         )
     with ExitStack() as undo:
         visibility = None if config.mode == "approx" else trained_visibility(denoiser.module)
+        of_lora = lora_visibility(denoiser.module) is not None
         isolated_here = visibility is not None and not is_isolated(denoiser.module)
         if isolated_here:
             undo.enter_context(isolate_references(denoiser.module, apart=visibility == "apart"))
-            trained = "this checkpoint" if lora_visibility(denoiser.module) is None else "its LoRA"
+            trained = "its LoRA" if of_lora else "this checkpoint"
             say(f"references are isolated while their cache is on ({visibility}): {trained} was trained so")
         check_settings(config, adapter, denoiser.module)
         if not is_isolated(denoiser.module):
@@ -349,7 +350,7 @@ def apply_reference_kv(
         by_hand = denoiser.scheduler is None
         hook = ReferenceKVHook(config, adapter, clock or RunClock(adapter, denoiser.scheduler), by_hand, say)
         HookRegistry.check_if_exists_or_initialize(denoiser.module).register_hook(hook, HOOK_NAME)
-        hook.isolated_for_lora = isolated_here and lora_visibility(denoiser.module) is not None
+        hook.isolated_for_lora = isolated_here and of_lora
         hook.isolation = undo.pop_all()
     return hook
 
