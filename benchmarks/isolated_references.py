@@ -1,6 +1,9 @@
 """What isolated references cost in edit quality, and that their cache is exact: on the bundled model, fine-tuned.
 
-    python benchmarks/isolated_references.py [--steps 4000] [--rank 12] [--work-dir runs/isolated-references]
+    python -m benchmarks.isolated_references --lora bundled
+    python -m benchmarks.isolated_references [--steps 4000] [--rank 12] [--work-dir runs/isolated-references]
+
+The first takes the LoRA that comes with the bundled model as it is. The second trains:
 
 Two LoRAs are trained on the same general edits of the bundled data generator, with the same batches, noise and seed:
 one with isolated references, one with full visibility, so that what fine-tuning itself changes is seen too. Then held-
@@ -31,7 +34,7 @@ from PIL import Image
 
 from dittocache.demo.edits import evaluation_edits
 from dittocache.demo.evaluate import carried_out, generate
-from dittocache.demo.model import MODEL_DIR, load_pipeline
+from dittocache.demo.model import EXACT_LORA_DIR, MODEL_DIR, load_pipeline
 from dittocache.demo.train.dataset import Dataset
 from dittocache.demo.train.encode import CHUNK, encode_chunks
 from dittocache.families.base import Tensors
@@ -192,7 +195,17 @@ def line(row: dict[str, Any]) -> str:
     return f"{row['way']:24}{numbers}{1000 * row['transformer_seconds']:>8.0f}  {exact}"
 
 
-def main() -> None:
+def how_trained(options: argparse.Namespace) -> dict[str, Any]:
+    """For the report: the settings of the training, or which LoRA was compared."""
+    if options.lora is not None:
+        return {"lora": options.lora}
+    return {
+        "settings": settings(options, "isolated").model_dump(mode="json"),
+        "training_edits": options.chunks * CHUNK,
+    }
+
+
+def main(words: Sequence[str] | None = None) -> None:
     """Encode, train, compare, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4000, help="optimizer steps (default 4000)")
@@ -210,20 +223,23 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=Path("runs/isolated-references"), help="encoded edits, LoRAs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON goes")
     parser.add_argument("--publish", type=Path, help="copy the isolated LoRA into this folder")
-    options = parser.parse_args()
-    encode_chunks(options.work_dir, options.model, options.chunks)
-    if options.only:
-        train(options, options.only)
-        return
-    trained = {visibility: train(options, visibility) for visibility in VISIBILITIES}
-    loras = {visibility: checkpoint for visibility, (checkpoint, _) in trained.items()}
+    parser.add_argument("--lora", help="folder of a LoRA to compare instead of training any, or `bundled`")
+    options = parser.parse_args(words)
+    if options.lora is not None:
+        folder = EXACT_LORA_DIR if options.lora == "bundled" else Path(options.lora)
+        loras = {str(read_reference_visibility(folder)): folder}
+    else:
+        encode_chunks(options.work_dir, options.model, options.chunks)
+        if options.only:
+            train(options, options.only)
+            return
+        loras = {visibility: train(options, visibility)[0] for visibility in VISIBILITIES}
     print(f"{'way':24}{'steps':>6}{'PSNR dB':>9}{'SSIM':>8}{'carried out':>13}{'ms':>8}")
     rows = [row for steps in options.sampling_steps for row in compare(options, steps, loras)]
     report = {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "machine": vars(describe_machine()),
-        "settings": settings(options, "isolated").model_dump(mode="json"),
-        "training_edits": options.chunks * CHUNK,
+        **how_trained(options),
         "rows": rows,
     }
     options.results.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,14 @@ def test_a_lora_is_trained_and_compared(
     assert by_way["LoRA, isolated, cached"]["as_uncached"] is True
     assert by_way["no LoRA, isolated"]["psnr_db"] < by_way["no LoRA, zero_cond_t"]["psnr_db"]
     assert "bit for bit" in capsys.readouterr().out
+
+
+def test_a_lora_that_is_there_is_compared_and_nothing_trained(tmp_path: Path) -> None:
+    words = ["--lora", "bundled", "--held-out", "1", "--sampling-steps", "2", "--results", str(tmp_path)]
+    benchmark.main([*words, "--work-dir", str(tmp_path / "nothing")])
+    report = json.loads((tmp_path / "isolated_references.json").read_text())
+    assert report["lora"] == "bundled"
+    by_way = {row["way"]: row for row in report["rows"]}
+    assert by_way["LoRA, isolated, cached"]["as_uncached"] is True
+    assert by_way["LoRA, isolated"]["psnr_db"] > by_way["no LoRA, isolated"]["psnr_db"] + 3
+    assert not (tmp_path / "nothing").exists()
