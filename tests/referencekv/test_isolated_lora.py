@@ -47,7 +47,7 @@ def test_loaded_by_hand_it_is_exact(loras: dict[str, Path]) -> None:
     assert not is_isolated(pipe.transformer)
 
 
-def test_any_active_lora_counts_and_no_other(loras: dict[str, Path]) -> None:
+def test_any_lora_at_work_counts_and_no_other(loras: dict[str, Path]) -> None:
     pipe = tiny_pipeline(FAMILY)
     assert lora_visibility(pipe.transformer) is None
     pipe.load_lora_weights(loras["full"], adapter_name="style")
@@ -55,6 +55,15 @@ def test_any_active_lora_counts_and_no_other(loras: dict[str, Path]) -> None:
     pipe.load_lora_weights(loras["isolated"], adapter_name="exact")
     pipe.set_adapters(["style", "exact"])
     assert lora_visibility(pipe.transformer) == "isolated"
+    pipe.disable_lora()
+    assert lora_visibility(pipe.transformer) is None
+    pipe.enable_lora()
+    pipe.set_adapters(["style", "exact"], [1.0, 0.0])
+    assert lora_visibility(pipe.transformer) is None
+    pipe.set_adapters(["exact"])
+    pipe.fuse_lora(adapter_names=["exact"])
+    assert lora_visibility(pipe.transformer) == "isolated"
+    pipe.unfuse_lora()
     pipe.set_adapters(["style"])
     assert lora_visibility(pipe.transformer) is None
     with pytest.raises(ReferenceCacheError, match="nor an active LoRA says that it was trained otherwise"):

@@ -23,6 +23,16 @@ def adapters_of(module: nn.Module) -> object:
     return active, scales, tuple(layer.merged_adapters), layer.disable_adapters
 
 
+def working_adapters(module: nn.Module) -> tuple[str, ...]:
+    """Names of the LoRAs that change what the transformer computes: merged into its weights, or active at a scale."""
+    found: Any = adapters_of(module)
+    if found is None:
+        return ()
+    active, scales, merged, disabled = found
+    scaled = () if disabled else (name for name, scale in zip(active, scales, strict=True) if scale)
+    return tuple(dict.fromkeys([*merged, *scaled]))
+
+
 def _first_tuner_layer(module: nn.Module) -> nn.Module | None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 

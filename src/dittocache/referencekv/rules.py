@@ -9,6 +9,7 @@ from typing import Any, Literal, cast, get_args
 from torch import nn
 
 from dittocache.errors import ReferenceCacheError
+from dittocache.families.active_adapters import working_adapters
 from dittocache.families.transformer_side import TransformerAdapter
 from dittocache.referencekv.config import ReferenceKVConfig
 from dittocache.referencekv.policy import EXACT, RefreshRule
@@ -70,15 +71,15 @@ def trained_visibility(module: nn.Module) -> Visibility | None:
 
 
 def lora_visibility(module: nn.Module) -> Visibility | None:
-    """What the references see with the active LoRAs, where one of them was trained by this library with isolated ones.
+    """What the references see with the LoRAs at work, where one of them was trained by this library with isolated ones.
 
     PEFT's `auto_mapping` is the one part of a LoRA's configuration that takes any entry, and `load_lora_weights` brings
     it along from the file.
     """
     configs: Mapping[str, Any] = getattr(module, "peft_config", {})
-    active: Any = getattr(module, "active_adapters", ()) if configs else ()
-    for name in active() if callable(active) else active:  # a method of diffusers' models, a list in PEFT's own
-        said = (getattr(configs.get(name), "auto_mapping", None) or {}).get(VISIBILITY_KEY)
+    for name in working_adapters(module):
+        entries = getattr(configs.get(name), "auto_mapping", None)
+        said = entries.get(VISIBILITY_KEY) if isinstance(entries, Mapping) else None
         if said in get_args(Visibility):
             return cast(Visibility, said)
     return None
