@@ -57,6 +57,11 @@ class Dataset:
         """Yield index batches for ever, every epoch a new permutation."""
         return batches(len(self), size, seed)
 
+    def in_order(self, size: int, generator: torch.Generator) -> Iterator[dict[str, torch.Tensor]]:
+        """Whole batches of all edits, once, each with its own prompt."""
+        for first in range(0, len(self) - size + 1, size):
+            yield self.batch(torch.arange(first, first + size), 0.0, generator)
+
     def batch(self, index: torch.Tensor, empty_share: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """One batch in float32: source, target (B, 64, 64), embeds (B, 22, 128), mask (B, 22), weights (B, 64)."""
         origin = self.source_index[index]

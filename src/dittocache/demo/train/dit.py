@@ -168,8 +168,8 @@ def agree(budget: Budget, hold: float) -> tuple[float, float]:
 def heldout_loss(forward: TrainingForward, heldout: Dataset) -> float:
     """Loss on the held-out edits at fixed noise and noise levels."""
     generator = torch.Generator().manual_seed(0)
-    losses = []
-    for start in range(0, len(heldout) - BATCH + 1, BATCH):
-        batch = heldout.batch(torch.arange(start, start + BATCH), 0.0, generator)
-        losses.append(velocity_loss(forward, batch, draw_sigmas(BATCH, generator), generator))
+    losses = [
+        velocity_loss(forward, batch, draw_sigmas(BATCH, generator), generator)
+        for batch in heldout.in_order(BATCH, generator)
+    ]
     return float(torch.cat(losses).mean())

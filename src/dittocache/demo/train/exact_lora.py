@@ -116,10 +116,8 @@ def distillation_loss(
 def heldout_loss(pupil: TrainingForward, teacher: TrainingForward, heldout: Dataset) -> float:
     """Loss on the held-out edits at fixed noise and noise levels."""
     generator = torch.Generator().manual_seed(0)
-    batches = (torch.arange(first, first + BATCH) for first in range(0, len(heldout) - BATCH + 1, BATCH))
-    losses = [
-        float(distillation_loss(pupil, teacher, heldout.batch(index, 0.0, generator), generator)) for index in batches
-    ]
+    batches = heldout.in_order(BATCH, generator)
+    losses = [float(distillation_loss(pupil, teacher, batch, generator)) for batch in batches]
     return sum(losses) / len(losses)
 
 
