@@ -5,7 +5,8 @@
 Theory: a layer costs 24 d^2 q + 4 d q k for q queries and k keys, of width d. k stays L, so a cached step saves the
 share L_ref / L of the blocks' time, and a run of N steps whose references are computed once (N - 1) / N of that; as the
 default computes them, in a few more steps of a stock model, accordingly less. With isolated references their queries
-attend to R keys instead of L, and the formula is worked out for both parts.
+attend to R keys instead of L, and the formula is worked out for both parts; runs of theirs are compared with the same
+model without the cache, and with the stock model.
 
 Random weights: times do not depend on them. Stock and cached runs take turns; every number is the median over pairs of
 the ratio within a pair. On a CPU with one thread the process's own seconds count, so that a busy machine does not.
@@ -70,6 +71,11 @@ class Case:
         references = self.references(isolated)
         return (1 - computed / steps) * references / (self.cached + references)
 
+    def saving_of_stock(self, computed: int, steps: int) -> float:
+        """The same of a run of the stock model, by one with isolated references."""
+        stock = self.cached + self.references(isolated=False)
+        return 1 - (computed / steps * self.references(isolated=True) + self.cached) / stock
+
     def _layer(self, queries: int, keys: int) -> int:
         """Projections and MLP, then attention."""
         return 24 * self.width**2 * queries + 4 * self.width * queries * keys
@@ -118,7 +124,9 @@ def measure(case: Case, isolated: bool, run_steps: Sequence[int], pairs: int) ->
     model = transformer()
     if isolated:
         isolate_references(model)
-    calls = Steps(model, case, time.process_time if torch.get_num_threads() == 1 else time.perf_counter)
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    calls = Steps(model, case, clock)
+    plain = Steps(transformer(), case, clock) if isolated else None
     config = rules(2, isolated)["once"]
     calls.run(2, cached(model, reference_kv=config))  # warms up
     full, reused = [], []
@@ -129,14 +137,20 @@ def measure(case: Case, isolated: bool, run_steps: Sequence[int], pairs: int) ->
     runs = []
     every = [(count, *rule) for count in run_steps for rule in rules(count, isolated).items()]
     for steps, name, rule in every:
-        ratios = []
+        ratios, of_stock = [], []
         for _ in range(max(1, 2 * pairs // steps)):
-            stock = sum(calls.run(steps, nullcontext()))
-            ratios.append(sum(calls.run(steps, cached(model, reference_kv=rule))) / stock)
-        computed, saved = steps - calls.reused, 1 - statistics.median(ratios)
-        theory_of_run = case.saving(computed, steps, isolated)
-        found = {"steps": steps, "references": name, "computed": computed, "saving": saved, "theory": theory_of_run}
-        runs.append(found | {"pairs": len(ratios)})
+            uncached = sum(calls.run(steps, nullcontext()))
+            kept = sum(calls.run(steps, cached(model, reference_kv=rule)))
+            ratios.append(kept / uncached)
+            if plain is not None:
+                of_stock.append(kept / sum(plain.run(steps, nullcontext())))
+        computed = steps - calls.reused
+        found = {"steps": steps, "references": name, "computed": computed, "pairs": len(ratios)}
+        saved = {"saving": 1 - statistics.median(ratios), "theory": case.saving(computed, steps, isolated)}
+        runs.append(found | saved)
+        if of_stock:
+            saved = {"saving": 1 - statistics.median(of_stock), "theory": case.saving_of_stock(computed, steps)}
+            runs.append(found | {"references": f"{name}, of the stock model"} | saved)
     saving = 1 - statistics.median(after / before for before, after in zip(full, reused, strict=True))
     return {
         **asdict(case),
@@ -160,9 +174,9 @@ def rules(steps: int, isolated: bool) -> dict[str, ReferenceKVConfig]:
 def line(row: dict[str, Any]) -> str:
     """One row of the table: measured beside theory."""
     name = f"{row['noise']}+{row['reference']}{', isolated' if row['isolated'] else ''}"
-    cells = f"{row['step']['saving']:>9.1%}{row['step']['theory']:>8.1%}"
+    cells = f"{row['step']['saving']:>12.1%}{row['step']['theory']:>8.1%}"
     for one in row["runs"]:
-        cells += f"{one['saving']:>9.1%}{one['theory']:>8.1%}" + (17 * " " if row["isolated"] else "")
+        cells += f"{one['saving']:>12.1%}{one['theory']:>8.1%}"
     return f"{name:22}{1000 * row['seconds_full']:>9.0f}{cells}"
 
 
@@ -179,8 +193,9 @@ def main(words: Sequence[str] | None = None) -> None:
     options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
     print(f"{LAYERS} layers, width {WIDTH}; each saving beside theory")
-    of_runs = [f"{steps} steps, {name}" for steps in options.steps for name in rules(steps, isolated=False)]
-    heads = "".join(f"{head:>17}" for head in ("cached step", *of_runs))
+    of_runs = [f"{steps} steps, {name}" for steps in options.steps for name in ("once", "default*")]
+    heads = "".join(f"{head:>20}" for head in ("cached step", *of_runs))
+    print("* isolated: once again, but beside the stock model, whose references see everything and are not kept")
     print(f"{'noise+reference':22}{'ms full':>9}{heads}")
     rows: list[dict[str, Any]] = []
     options.results.mkdir(parents=True, exist_ok=True)
