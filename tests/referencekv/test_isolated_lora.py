@@ -86,6 +86,16 @@ def test_loaded_or_unloaded_while_the_cache_is_on_is_an_error(loras: dict[str, P
     edited(pipe)
 
 
+def test_a_checkpoint_that_was_trained_so_stays_so_without_its_lora(loras: dict[str, Path]) -> None:
+    pipe = tiny_pipeline(FAMILY)
+    pipe.transformer.register_to_config(reference_visibility="isolated")
+    pipe.load_lora_weights(loras["isolated"])
+    with cached(pipe, reference_kv=ReferenceKVConfig()) as trace:
+        pipe.unload_lora_weights()
+        edited(pipe)
+    assert trace.references_reused == 3
+
+
 def test_approximation_may_be_asked_for(loras: dict[str, Path]) -> None:
     pipe = tiny_pipeline(FAMILY)
     pipe.load_lora_weights(loras["isolated"])

@@ -50,10 +50,9 @@ class QwenImageTransformerAdapter(UsualForward):
         layered = bool(cast(Any, module).config.get("use_layer3d_rope", False))
         noise = [_noise_shapes(sample, layered) for sample in _shapes_of(forward_kwargs.get("img_shapes"))]
         counts, layers = {sum(prod(shape) for shape in shapes) for shapes in noise}, max(map(len, noise), default=1)
-        if len(counts) != 1:  # no shapes, or samples that are laid out differently: no token is surely a reference
-            return TokenLayout(tokens, 0, layers)
-        [count] = counts
-        return TokenLayout(count, tokens - count, layers) if count <= tokens else TokenLayout(tokens, 0, layers)
+        # No shapes, or samples that are laid out differently: no token is surely a reference.
+        count = min(tokens, *counts) if len(counts) == 1 else tokens
+        return TokenLayout(count, tokens - count, layers)
 
     def blocks(self, module: nn.Module) -> Sequence[nn.Module]:
         """The dual-stream blocks."""

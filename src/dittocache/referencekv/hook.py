@@ -73,7 +73,7 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
         self.branch_listener = BranchListener()
         self.enabled = True
         self.isolation = ExitStack()
-        self.isolated_for_lora = False
+        self.isolated_by_cache = False
         self.config = config
         self._adapter = adapter
         self._clock = clock
@@ -209,7 +209,7 @@ class ReferenceKVHook(ModelHook):  # type: ignore[misc]  # diffusers counts as A
         self, module: nn.Module, call: DenoisingCall, forward_kwargs: dict[str, Any], layout: TokenLayout
     ) -> BranchReferences:
         """A branch that keeps nothing; exact references may have been kept for another one before."""
-        check_adapters(self.config, module, self._isolated, self.isolated_for_lora)
+        check_adapters(self.config, module, self._isolated, self.isolated_by_cache)
         rule = rule_of(self.config, call.steps, self._adapter.reference_is_exact(module))
         blocks = range(self._first_kept, self._blocks)
         if self._isolated and rule == EXACT:
@@ -338,11 +338,10 @@ def apply_reference_kv(
         )
     with ExitStack() as undo:
         visibility = None if config.mode == "approx" else trained_visibility(denoiser.module)
-        of_lora = lora_visibility(denoiser.module) is not None
         isolated_here = visibility is not None and not is_isolated(denoiser.module)
         if isolated_here:
             undo.enter_context(isolate_references(denoiser.module, apart=visibility == "apart"))
-            trained = "its LoRA" if of_lora else "this checkpoint"
+            trained = "this checkpoint" if lora_visibility(denoiser.module) is None else "its LoRA"
             say(f"references are isolated while their cache is on ({visibility}): {trained} was trained so")
         check_settings(config, adapter, denoiser.module)
         if not is_isolated(denoiser.module):
@@ -350,7 +349,7 @@ def apply_reference_kv(
         by_hand = denoiser.scheduler is None
         hook = ReferenceKVHook(config, adapter, clock or RunClock(adapter, denoiser.scheduler), by_hand, say)
         HookRegistry.check_if_exists_or_initialize(denoiser.module).register_hook(hook, HOOK_NAME)
-        hook.isolated_for_lora = isolated_here and of_lora
+        hook.isolated_by_cache = isolated_here
         hook.isolation = undo.pop_all()
     return hook
 

@@ -63,9 +63,9 @@ def trained_visibility(module: nn.Module) -> Visibility | None:
     loaded by.
     """
     config = getattr(module, "config", {})
-    for said in (lora_visibility(module), config.get(VISIBILITY_KEY)):
-        if said in get_args(Visibility):
-            return cast(Visibility, said)
+    said = lora_visibility(module) or _known(config.get(VISIBILITY_KEY))
+    if said is not None:
+        return said
     parts = re.split(r"[/\\]|--", str(config.get("_name_or_path") or ""))
     return next((ISOLATED_CHECKPOINTS[part] for part in parts if part in ISOLATED_CHECKPOINTS), None)
 
@@ -79,26 +79,30 @@ def lora_visibility(module: nn.Module) -> Visibility | None:
     configs: Mapping[str, Any] = getattr(module, "peft_config", {})
     for name in working_adapters(module):
         entries = getattr(configs.get(name), "auto_mapping", None)
-        said = entries.get(VISIBILITY_KEY) if isinstance(entries, Mapping) else None
-        if said in get_args(Visibility):
-            return cast(Visibility, said)
+        said = _known(entries.get(VISIBILITY_KEY)) if isinstance(entries, Mapping) else None
+        if said is not None:
+            return said
     return None
 
 
-def check_adapters(config: ReferenceKVConfig, module: nn.Module, isolated: bool, for_lora: bool) -> None:
+def _known(said: object) -> Visibility | None:
+    return cast(Visibility, said) if said in get_args(Visibility) else None
+
+
+def check_adapters(config: ReferenceKVConfig, module: nn.Module, isolated: bool, by_cache: bool) -> None:
     """Raise ReferenceCacheError where LoRAs came or went while the cache is on, and references see what they must not.
 
     Args:
         isolated: whether references are isolated.
-        for_lora: whether the cache isolated them because a LoRA was trained so.
+        by_cache: whether the cache isolated them, because the checkpoint or a LoRA was trained so.
     """
-    visibility, again = lora_visibility(module), "take the reference KV cache off and put it on again"
+    visibility, again = trained_visibility(module), "take the reference KV cache off and put it on again"
     if visibility is not None and not isolated and config.mode != "approx":
         raise ReferenceCacheError(
             f"an active LoRA of this {type(module).__name__} was trained with isolated references ({visibility}), and "
             f"was loaded while the reference KV cache was on: {again}, which isolates them"
         )
-    if visibility is None and for_lora:
+    if visibility is None and by_cache:  # a checkpoint stays what it is
         raise ReferenceCacheError(
             f"references of this {type(module).__name__} were isolated for a LoRA that is active no longer: {again}"
         )
